@@ -1,0 +1,174 @@
+"""Flows in files: tensors as safetensors, everything else as JSON in the same file. Reading never executes code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import metadata
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .files import whole
+from .flow import Flow, FlowSettings, assemble_flow
+from .internals import FlatInternals
+from .systems import Molecule
+from .zmatrix import ZMatrix, ZRow
+
+FORMAT = "openmm_tsf flow 1"
+VERSIONED = ("openmm_tsf", "torch", "openmm", "mdtraj", "numpy")
+
+
+class CheckpointError(ValueError):
+    """A file that is not a whole, unaltered flow."""
+
+
+def save_flow(flow: Flow, path: str | os.PathLike, *, extra: Mapping[str, Any] | None = None) -> str:
+    """Write a flow to one file, whole or not at all.
+
+    Args:
+        flow: the flow; its molecule, z-matrix, temperature and architecture go along.
+        path: by convention ends in .tsf.
+        extra: JSON-safe facts to keep, such as figures of the training run.
+
+    Returns:
+        The content hash (SHA-256 of tensors and metadata).
+
+    Raises:
+        OSError: the folder cannot be written or is full.
+    """
+    tensors = {name: _compact(tensor) for name, tensor in flow.state_dict().items()}
+    facts = {
+        "molecule": flow.molecule.to_dict(),
+        "root": flow.zmatrix.root,
+        "rows": [list(asdict(row).values()) for row in flow.zmatrix.rows],
+        "training_temperature": flow.training_temperature,
+        "settings": asdict(flow.settings),
+        "versions": {name: _version(name) for name in VERSIONED},
+        "extra": dict(extra or {}),
+    }
+    text = json.dumps(facts, sort_keys=True, allow_nan=False)
+    digest = _digest(tensors, text)
+    with whole(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": FORMAT, "facts": text, "sha256": digest})
+    return digest
+
+
+def load_flow(path: str | os.PathLike, *, dtype: torch.dtype = torch.float64) -> Flow:
+    """Read a flow.
+
+    Args:
+        path: a file that `save_flow` wrote.
+        dtype: of the flow; in double precision draws and densities agree to rounding.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: truncated, altered, or not a flow.
+    """
+    tensors, facts = _read(Path(path))
+    try:
+        molecule = Molecule.from_dict(facts["molecule"])
+        rows = tuple(ZRow(*row) for row in facts["rows"])
+        zmatrix = ZMatrix(tuple(facts["root"]), rows, tuple(molecule.atom_labels))
+        settings = FlowSettings(**facts["settings"])
+        with torch.random.fork_rng(devices=[]):
+            flow = assemble_flow(
+                FlatInternals(molecule, zmatrix), molecule, settings, facts["training_temperature"],
+                *(_only(tensors, name) for name in (".mean", ".matrix")),
+            )  # fmt: skip
+        flow.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} holds a flow that this version cannot read: {error}") from error
+    return flow.to(dtype)
+
+
+def flow_info(path: str | os.PathLike) -> dict[str, Any]:
+    """What a checkpoint says of itself: format, molecule name, temperatures, settings, versions, extra, sha256.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as in `load_flow`.
+    """
+    tensors, facts = _read(Path(path))
+    molecule = facts.pop("molecule")
+    parameters = sum(t.numel() for name, t in tensors.items() if t.is_floating_point())
+    digest = _digest(tensors, json.dumps({**facts, "molecule": molecule}, sort_keys=True, allow_nan=False))
+    return {"format": FORMAT, "molecule": molecule["name"], "n_numbers": parameters, "sha256": digest, **facts}
+
+
+def pretrained(name: str = "ala2", *, dtype: torch.dtype = torch.float64) -> Flow:
+    """A flow that ships with the package: "ala2", alanine dipeptide in ff96 + OBC1, unconstrained, trained at 600 K.
+
+    Raises:
+        ValueError: no flow of that name; the message lists those there are.
+    """
+    return load_flow(pretrained_path(name), dtype=dtype)
+
+
+def pretrained_path(name: str) -> Path:
+    """Where the pretrained flow of that name is.
+
+    Raises:
+        ValueError: as in `pretrained`.
+    """
+    folder = Path(str(files(__package__) / "data"))
+    there = sorted(path.stem for path in folder.glob("*.tsf"))
+    if name not in there:
+        raise ValueError(f"no pretrained flow {name!r}; there are: {', '.join(there) or 'none'}")
+    return folder / f"{name}.tsf"
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """Single precision where nothing is lost by it."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.float64 and torch.equal(tensor.float().double(), tensor):
+        return tensor.float()
+    return tensor
+
+
+def _only(tensors: Mapping[str, Tensor], ending: str) -> Tensor:
+    """The one tensor whose name ends so."""
+    (found,) = (tensor for name, tensor in tensors.items() if name.endswith(ending))
+    return found
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of a checked file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no flow at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise CheckpointError(f"{path} is not an openmm_tsf flow (format {header.get('format')!r}, expected {FORMAT!r})")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is cut short or not a flow: {error}") from error
+    if _digest(tensors, header.get("facts", "")) != header.get("sha256"):
+        raise CheckpointError(f"{path} was altered: its content does not match its hash; take a fresh copy")
+    return tensors, json.loads(header["facts"])
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        from . import __version__
+
+        return __version__

@@ -1,0 +1,253 @@
+"""The command line: `openmm-tsf run | simulate | train | sample | report | info`.
+
+Nothing heavy is imported before a command runs, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .console import friendly, say, table
+
+if TYPE_CHECKING:
+    from .rundir import Run
+
+
+def _examples(*lines: str) -> str:
+    """Lines to end a help text with, comments dimmed."""
+    shown = [f"[dim]{line}[/dim]" if line.startswith("#") else line for line in lines]
+    return "\n".join(["[b]Examples[/b]", *shown])
+
+
+app = typer.Typer(
+    name="openmm-tsf",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Source = Annotated[
+    Path,
+    typer.Argument(metavar="CONFIG.toml|DIR", help="Configuration of the run; or its directory, to go on with it."),
+]
+Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Run directory; made if it is not there.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of every stage, in place of the configuration's.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="openmm-tsf")
+
+
+def _version(wanted: bool) -> bool:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"openmm-tsf {__version__}")
+        raise typer.Exit
+    return wanted
+
+
+def _kelvin(value: float | None) -> float | None:
+    from .units import to_kelvin
+
+    try:
+        return None if value is None else to_kelvin(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+@app.callback(
+    epilog=_examples(
+        "# a weighted ensemble in seconds, from the flow that ships with the package",
+        "openmm-tsf sample ala2 --temperature 300",
+        "# the whole job, from 600 K dynamics to report.html",
+        "openmm-tsf run examples/ala2.toml --out runs/ala2",
+        "# your own molecule; every key of the configuration has a default",
+        "openmm-tsf run my.toml --out runs/my",
+        "",
+        "Ctrl-C at any time: the same command goes on from there.",
+        "Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted.",
+    )
+)
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Equilibrium ensembles of a molecule at any temperature.
+
+    Simulate where sampling is cheap (600 K), train a temperature-steerable
+    flow once, then draw weighted ensembles at any temperature (300 K). Every
+    draw has its exact density, so weights are exact, and the effective sample
+    size (ESS) says how far to trust them.
+    """
+
+
+@app.command(
+    epilog=_examples(
+        "openmm-tsf run examples/ala2.toml --out runs/ala2",
+        "openmm-tsf run examples/ala2.toml --out runs/ala2-seed2 --seed 2",
+        "# go on with what is there",
+        "openmm-tsf run runs/ala2",
+    )
+)
+@friendly
+def run(source: Source, out: Out = None, seed: Seed = None, debug: Debug = False) -> None:
+    """Simulate, train, sample and report, skipping what is done.
+
+    The directory then holds config.toml (all that was set), topology.pdb,
+    training.dcd, flow.tsf, ensemble_300K.npz (weighted draws),
+    ensemble_300K.dcd (equally likely frames), pictures, report.html and
+    metrics.json.
+    """
+    with _opened(source, out, seed) as opened:
+        for name in ("simulate", "train", "sample", "report"):
+            _do(opened, name)
+        _summary(opened)
+
+
+@app.command(epilog=_examples("openmm-tsf simulate examples/ala2.toml --out runs/ala2"))
+@friendly
+def simulate(source: Source, out: Out = None, seed: Seed = None, debug: Debug = False) -> None:
+    """Make the training frames: dynamics, or a checked copy of your own trajectory."""
+    with _opened(source, out, seed) as opened:
+        _do(opened, "simulate")
+
+
+@app.command(epilog=_examples("openmm-tsf train runs/ala2"))
+@friendly
+def train(source: Source, out: Out = None, seed: Seed = None, debug: Debug = False) -> None:
+    """Train the flow on the frames of the run directory; writes flow.tsf."""
+    with _opened(source, out, seed) as opened:
+        _do(opened, "train")
+
+
+@app.command(epilog=_examples("openmm-tsf report runs/ala2"))
+@friendly
+def report(source: Source, out: Out = None, debug: Debug = False) -> None:
+    """Draw the pictures and write report.html and metrics.json anew."""
+    with _opened(source, out, None) as opened:
+        _do(opened, "report", again=True)
+        _summary(opened)
+
+
+@app.command(
+    epilog=_examples(
+        "openmm-tsf sample ala2 --temperature 300",
+        "# draws with their weights",
+        "openmm-tsf sample runs/ala2 --temperature 350 -n 50000 --out at350.npz",
+        "# equally likely frames, resampled from the draws",
+        "openmm-tsf sample flow.tsf --temperature 300 --out at300.dcd",
+        "# the ensembles of the run's own configuration",
+        "openmm-tsf sample runs/ala2",
+    )
+)
+@friendly
+def sample(
+    source: Annotated[
+        str, typer.Argument(metavar="FLOW", help="A checkpoint, a run directory, or a pretrained flow: ala2.")
+    ],
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", "-T", callback=_kelvin, help="Of the ensemble, K; any you like.")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Number of draws.")] = 10_000,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help=".npz: draws with weights; .dcd, .xtc, .pdb, ...: equally likely frames.",
+        ),
+    ] = None,
+    at: Annotated[
+        float | None, typer.Option(callback=_kelvin, help="Run the flow at this temperature, K, and reweight.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 1,
+    platform: Annotated[str | None, typer.Option(help="OpenMM platform: CUDA, OpenCL, CPU, Reference.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Draw a weighted ensemble at any temperature, and say how far to trust it."""
+    if temperature is None:
+        if not Path(source, "config.toml").is_file():
+            raise typer.BadParameter("say which, in K", param_hint="--temperature")
+        with _opened(Path(source), None, None) as opened:
+            _do(opened, "sample")
+        return
+    from .console import Bar
+    from .sampling import sample_to_file
+
+    with Bar("sample") as bar:
+        rows, path = sample_to_file(
+            source, temperature, n=n, out=out, at=at, seed=seed, platform=platform, progress=bar
+        )
+    table(f"{path} at {temperature:g} K", rows)
+
+
+@app.command(epilog=_examples("openmm-tsf info", "openmm-tsf info runs/ala2/flow.tsf"))
+@friendly
+def info(
+    source: Annotated[
+        str | None, typer.Argument(metavar="[FLOW]", help="A checkpoint, a run directory, or: ala2.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Print versions and OpenMM platforms; or what a checkpoint says about itself."""
+    from .sampling import describe_flow, describe_machine
+
+    table(*(describe_machine() if source is None else describe_flow(source)))
+
+
+@contextmanager
+def _opened(source: Path, out: Path | None, seed: int | None) -> Iterator[Run]:
+    """The run directory that the arguments mean."""
+    from dataclasses import replace
+
+    from .config import load_config
+    from .rundir import open_run
+
+    if source.is_dir():
+        if out is not None and out.resolve() != source.resolve():
+            raise typer.BadParameter(
+                f"{source} is a run directory already: give a CONFIG.toml, or no --out", param_hint="--out"
+            )
+        directory, config = source, None if seed is None else load_config(source / "config.toml")
+    else:
+        config = load_config(source)
+        if out is None:
+            raise typer.BadParameter("say where the run goes: --out DIR", param_hint="--out")
+        directory = out
+    if seed is not None:
+        config = replace(config, seed=seed)
+    with open_run(directory, config) as opened:
+        yield opened
+
+
+def _do(opened: Run, name: str, again: bool = False) -> None:
+    """One stage with its progress bar, or a line that says it is done already."""
+    from .console import Bar
+    from .reporting import STAGES
+    from .stages import seconds
+
+    is_done, work = STAGES[name]
+    if is_done(opened) and not again:
+        say(f"{name}: done already")
+        return
+    with Bar(name) as bar:
+        work(opened, bar)
+    say(f"{name}: done, {seconds(opened, name):.0f} s in all")
+
+
+def _summary(opened: Run) -> None:
+    from .reporting import summary
+
+    table(f"{opened.path}/report.html", summary(opened))

@@ -1,0 +1,205 @@
+"""Latent densities that steer exactly: exp(-E(z)/tau)/Z(tau) with one E and a Z known at every tau.
+
+tau is the temperature in units of the reference temperature, so E is in units of k_B times that temperature.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .geometry import TWO_PI, wrap
+from .typing import Scalars, Vectors
+
+GRID = {1: 512, 2: 128}
+"""Quadrature points along each side of the circle or torus."""
+
+
+class TorusPotential(nn.Module):
+    """A truncated Fourier series on the circle or the torus, for energies and entropies of one or two angles.
+
+    f(a) = sum_k alpha_k cos(k.a) + beta_k sin(k.a), without the constant.
+
+    Args:
+        dim: 1 or 2 angles.
+        order: largest harmonic in each direction.
+    """
+
+    def __init__(self, dim: int, order: int) -> None:
+        super().__init__()
+        if dim not in GRID:
+            raise ValueError(f"potentials have 1 or 2 angles, not {dim}")
+        self.dim, self.order = dim, order
+        modes = [k for k in itertools.product(range(-order, order + 1), repeat=dim) if k > (0,) * dim]
+        self.register_buffer("modes", torch.tensor(modes, dtype=torch.long), persistent=False)
+        self.coefficients = nn.Parameter(torch.zeros(2, len(modes)))
+
+    def features(self, angles: Tensor) -> Tensor:
+        """cos(k.a) and sin(k.a) of angles (batch, dim): (batch, 2, modes)."""
+        phase = angles @ self.modes.to(angles).T
+        return torch.stack((phase.cos(), phase.sin()), 1)
+
+    def forward(self, angles: Tensor) -> Scalars:
+        """f of angles (batch, dim) [rad]: (batch,)."""
+        return (self.features(angles) * self.coefficients).sum((1, 2))
+
+    def on_grid(self, derivative: int | None = None) -> Tensor:
+        """f, or its derivative along one angle, at the points 2 pi m / n: (n,) or (n, n)."""
+        n = GRID[self.dim]
+        alpha, beta = self.coefficients
+        spectrum = torch.complex(alpha, -beta)
+        if derivative is not None:
+            spectrum = spectrum * 1j * self.modes[:, derivative]
+        full = torch.zeros((n,) * self.dim, dtype=spectrum.dtype, device=spectrum.device)
+        full = full.index_put(tuple((self.modes % n).T), spectrum)
+        return torch.fft.ifftn(full, norm="forward").real
+
+    def curvature_bound(self) -> Tensor:
+        """A number that no second directional derivative of f exceeds."""
+        size = (self.coefficients**2).sum(0).sqrt()
+        return (size * (self.modes**2).sum(1)).sum()
+
+
+class TorusFactor(nn.Module):
+    """exp(-e(a)/tau + s(a))/Z(tau) for one or two angles, with Fourier series e and s and Z by quadrature.
+
+    s is the entropy that coordinates conditioned on a carry: their widths multiply the volume by exp(s), see
+    `MolecularPrior`. What is stored is s and m = s - e, the logarithm of the density at tau = 1: frames at that
+    temperature fix m whatever s is, so the two can be learnt side by side.
+    """
+
+    def __init__(self, dim: int, energy_order: int, entropy_order: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.marginal = TorusPotential(dim, energy_order)
+        self.entropy = TorusPotential(dim, entropy_order)
+
+    def energy(self, angles: Tensor) -> Scalars:
+        """e of angles (batch, dim), up to a constant: (batch,)."""
+        return self.entropy(angles) - self.marginal(angles)
+
+    def exponent(self, angles: Tensor, tau: float) -> Scalars:
+        """-e/tau + s of angles (batch, dim): (batch,)."""
+        return self.marginal(angles) / tau + (1.0 - 1.0 / tau) * self.entropy(angles)
+
+    def _on_grid(self, tau: float, derivative: int | None = None) -> Tensor:
+        return self.marginal.on_grid(derivative) / tau + (1.0 - 1.0 / tau) * self.entropy.on_grid(derivative)
+
+    def log_z(self, tau: float) -> Tensor:
+        """ln of the integral of exp(-e/tau + s): trapezoid rule, which converges exponentially for periodic functions."""
+        return self._on_grid(tau).flatten().logsumexp(0) + self.dim * math.log(TWO_PI / GRID[self.dim])
+
+    @torch.no_grad()
+    def sample(self, n: int, tau: float, *, generator: torch.Generator) -> Tensor:
+        """Exact draws (n, dim) [rad]: a cell-constant envelope and rejection."""
+        envelope = self._envelope(tau)
+        total = torch.cumsum(torch.exp(envelope - envelope.max()).double(), 0)
+        drawn: list[Tensor] = []
+        while (have := sum(map(len, drawn))) < n:
+            m = int(1.3 * (n - have)) + 64
+            u = torch.rand(m, self.dim + 2, generator=generator, dtype=torch.float64, device=envelope.device)
+            cell = torch.searchsorted(total, u[:, 0] * total[-1]).clamp(max=len(total) - 1)
+            side = GRID[self.dim]
+            corner = torch.stack((cell // side, cell % side), 1)[:, 2 - self.dim :]
+            angles = ((corner + u[:, 2:] - 0.5) * (TWO_PI / side)).to(envelope)
+            accepted = u[:, 1].log().to(envelope) < self.exponent(angles, tau) - envelope[cell]
+            drawn.append(wrap(angles[accepted]))
+        return torch.cat(drawn)[:n]
+
+    def _envelope(self, tau: float) -> Tensor:
+        """An upper bound of the exponent on every cell: value and slope at its centre, and the largest curvature."""
+        half = math.pi / GRID[self.dim]
+        slopes = sum(self._on_grid(tau, d).abs() for d in range(self.dim))
+        curvature = self.marginal.curvature_bound() / tau + abs(1.0 - 1.0 / tau) * self.entropy.curvature_bound()
+        return (self._on_grid(tau) + slopes * half + 0.5 * curvature * self.dim * half**2).flatten()
+
+
+class MolecularPrior(nn.Module):
+    """Soft torsions in Fourier potentials, stiff coordinates in Gaussians whose width depends on the torsions.
+
+    With latents z = (u, a), u (batch, n) and a (batch, n_soft) [rad], and s(a) = sum_f s_f(a_f):
+
+        E(z) = sum_f e_f(a_f) + |u|^2 exp(-2 s(a)/n) / 2
+        Z(tau) = (2 pi tau)^(n/2) prod_f integral exp(-e_f/tau + s_f)
+
+    so q_tau = exp(-E/tau)/Z(tau) exactly, and free-energy differences between basins gain the entropies s_f that a
+    Gaussian of constant width cannot carry. How the width is shared out among the coordinates is left to the volume-
+    preserving couplings that follow.
+
+    Args:
+        n_stiff: number of stiff coordinates.
+        groups: soft columns by factor, each of one or two indices; together 0 ... n_soft - 1.
+        energy_order, entropy_order: largest harmonics of e and s; entropy_order 0 leaves the entropies out.
+    """
+
+    def __init__(self, n_stiff: int, groups: Sequence[Sequence[int]], *, energy_order: int, entropy_order: int) -> None:
+        super().__init__()
+        self.groups = tuple(tuple(int(i) for i in group) for group in groups)
+        self.n_stiff, self.n_soft = n_stiff, sum(map(len, self.groups))
+        if sorted(itertools.chain(*self.groups)) != list(range(self.n_soft)):
+            raise ValueError(f"soft groups {self.groups} must hold each of 0 ... {self.n_soft - 1} once")
+        orders = energy_order, entropy_order if n_stiff else 0
+        self.factors = nn.ModuleList(TorusFactor(len(group), *orders) for group in self.groups)
+        self.register_buffer("like", torch.zeros(()), persistent=False)
+
+    @property
+    def dim(self) -> int:
+        return self.n_stiff + self.n_soft
+
+    def log_width(self, a: Tensor) -> Tensor:
+        """s(a)/n of angles (batch, n_soft): (batch, 1)."""
+        total = sum((f.entropy(a[:, g]) for f, g in zip(self.factors, self.groups, strict=True)), a.new_zeros(len(a)))
+        return total[:, None] / max(self.n_stiff, 1)
+
+    def at(self, tau: float) -> SteeredPrior:
+        """The density at temperature tau (in units of the reference temperature)."""
+        if not (math.isfinite(tau) and tau > 0):
+            raise ValueError(f"tau must be finite and above 0, not {tau:g}")
+        return SteeredPrior(self, float(tau))
+
+
+@dataclass(frozen=True)
+class SteeredPrior:
+    """A `MolecularPrior` at one temperature."""
+
+    prior: MolecularPrior
+    tau: float
+
+    def log_prob(self, z: Vectors) -> Scalars:
+        """ln p(z) [nat] of latents (batch, D); the angles are taken modulo 2 pi."""
+        p, tau = self.prior, self.tau
+        u, a = z[:, : p.n_stiff], z[:, p.n_stiff :]
+        log_width = p.log_width(a)[:, 0]
+        stiff = -0.5 * (u * u).sum(1) * torch.exp(-2.0 * log_width) / tau
+        return stiff - p.n_stiff * (0.5 * math.log(TWO_PI * tau) + log_width) + self.log_prob_torsions(a)
+
+    def log_prob_torsions(self, a: Vectors) -> Scalars:
+        """ln of the marginal density [nat] of the torsions (batch, n_soft) alone."""
+        log_p = a.new_zeros(len(a))
+        for factor, group in zip(self.prior.factors, self.prior.groups, strict=True):
+            log_p = log_p + factor.exponent(a[:, group], self.tau) - factor.log_z(self.tau)
+        return log_p
+
+    def sample(self, n: int, *, generator: torch.Generator) -> tuple[Vectors, Scalars]:
+        """n draws (n, D) and their ln p(z); differentiable in the width, not in the angles."""
+        z = self.complete(self.sample_torsions(n, generator=generator), generator=generator)
+        return z, self.log_prob(z)
+
+    def sample_torsions(self, n: int, *, flatten: float = 1.0, generator: torch.Generator) -> Vectors:
+        """n draws (n, n_soft) [rad] of the torsions alone; pairs of torsions as if `flatten` times as hot."""
+        a = self.prior.like.new_zeros(n, self.prior.n_soft)
+        for factor, group in zip(self.prior.factors, self.prior.groups, strict=True):
+            tau = self.tau * (flatten if factor.dim == 2 else 1.0)
+            a[:, group] = factor.sample(n, tau, generator=generator)
+        return a
+
+    def complete(self, a: Vectors, *, generator: torch.Generator) -> Vectors:
+        """Latents (n, D) with the torsions given and stiff coordinates drawn for them."""
+        p = self.prior
+        noise = torch.randn(len(a), p.n_stiff, generator=generator, dtype=a.dtype, device=a.device)
+        return torch.cat((math.sqrt(self.tau) * noise * torch.exp(p.log_width(a)), a), 1)

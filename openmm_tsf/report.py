@@ -1,0 +1,258 @@
+"""One self-contained HTML page that says what a run did, how good it is and how to do it again.
+
+Pictures are inside the page; there are no scripts and no links to anything outside.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+from .canvas import png
+from .files import write_text
+from .report_page import CAPTIONS, PAGE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Metrics = Mapping[str, Any]
+
+LOW_ESS, FAR = 0.1, 3.0
+
+
+def write_report(
+    path: str | os.PathLike,
+    *,
+    name: str,
+    metrics: Metrics,
+    figures: Mapping[str, Figure | bytes],
+    settings: Mapping[str, Any],
+    versions: Mapping[str, str],
+    seed: int,
+    notes: Sequence[str] = (),
+) -> None:
+    """Write the page, whole or not at all.
+
+    Args:
+        path: of the HTML file.
+        name: of the molecule.
+        metrics: as `analysis.metrics` gives, with anything else that was measured.
+        figures: matplotlib figures, or the bytes of PNG files, by the names that `plotting.figures` uses.
+        settings: the resolved configuration, sections within sections.
+        versions: of packages.
+        seed: of the run.
+        notes: more warnings, whole sentences.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    write_text(
+        path,
+        render(
+            name=name,
+            metrics=metrics,
+            figures=figures,
+            settings=settings,
+            versions=versions,
+            seed=seed,
+            notes=notes,
+        ),
+    )
+
+
+def render(
+    *,
+    name: str,
+    metrics: Metrics,
+    figures: Mapping[str, Figure | bytes],
+    settings: Mapping[str, Any],
+    versions: Mapping[str, str],
+    seed: int,
+    notes: Sequence[str] = (),
+) -> str:
+    """The page as text; arguments as in `write_report`."""
+    hot, cold = (metrics[f"temperature_{which}_kelvin"] for which in ("train", "target"))
+    title = f"{name} at {cold:g} K, from a flow trained at {hot:g} K"
+    return Template(PAGE).substitute(
+        title=escape(title),
+        summary="".join(f"<p>{escape(sentence)}</p>" for sentence in summary(metrics)),
+        warnings=_warnings([*warning_sentences(metrics), *notes]),
+        table=_main_table(metrics),
+        comparison=_comparison(metrics),
+        pictures="".join(_picture(key, figure) for key, figure in figures.items()),
+        settings=_pairs({"seed": seed, **_flat(settings)}),
+        versions=_pairs(versions),
+        metrics=_pairs(metrics),
+    )
+
+
+def summary(metrics: Metrics) -> list[str]:
+    """What was reached, in sentences."""
+    hot, cold = metrics["temperature_train_kelvin"], metrics["temperature_target_kelvin"]
+    sentences = [
+        f"The flow was trained at {hot:g} K only and steered to {cold:g} K. Its {metrics['n_draws_target']:,} draws "
+        f"there are worth {percent(metrics['ess_target'])} of as many independent ones; those at {hot:g} K are worth "
+        f"{percent(metrics['ess_train'])}. Every draw knows its exact density, so reweighted figures are free of the "
+        "flow's own errors as long as these numbers are not small."
+    ]
+    share, error = metrics.get("alpha_left_target"), metrics.get("alpha_left_target_error")
+    if share is None or error is None:
+        return sentences
+    text = f"alpha_L (0 < phi < 2.4 rad) holds {share_with_error(share, error)} of the molecules at {cold:g} K"
+    exact, exact_error = metrics.get("reference_alpha_left"), metrics.get("reference_alpha_left_error")
+    distance = metrics.get("alpha_left_target_deviation")
+    if exact is not None and exact_error is not None and distance is not None:
+        text += f"; a long reference simulation has {share_with_error(exact, exact_error)}, "
+        text += f"{abs(distance):.1f} standard errors away"
+    return [*sentences, text + "."]
+
+
+def warning_sentences(metrics: Metrics) -> list[str]:
+    """What should make a reader careful, in sentences; empty when nothing does."""
+    found = []
+    for which in ("target", "train"):
+        temperature, ess = metrics[f"temperature_{which}_kelvin"], metrics[f"ess_{which}"]
+        if ess < LOW_ESS:
+            verdict = "out of reach" if ess < 0.01 else "at the edge of reach"
+            found.append(
+                f"{temperature:g} K is {verdict} of this flow: the effective sample size is {percent(ess)}. Error bars "
+                "there are themselves uncertain; train longer, or ask for a temperature nearer to that of training."
+            )
+        largest = metrics.get(f"largest_weight_share_{which}")
+        if largest is not None and largest > 0.1:
+            found.append(f"One single draw carries {percent(largest)} of the weight at {temperature:g} K.")
+    share, error = metrics.get("alpha_left_target"), metrics.get("alpha_left_target_error")
+    if share and error and error > 0.1 * share:
+        found.append(f"The alpha_L share is known to {percent(error / share)} of itself only; more draws narrow it.")
+    distance = metrics.get("alpha_left_target_deviation")
+    if distance is not None and abs(distance) > FAR:
+        found.append(f"The alpha_L share lies {abs(distance):.1f} standard errors from the reference.")
+    return found
+
+
+def percent(share: float | None) -> str:
+    """A share as text with three digits."""
+    return "-" if share is None else f"{100.0 * share:.3g}\N{NO-BREAK SPACE}%"
+
+
+def share_with_error(share: float, error: float) -> str:
+    """A share and its standard error in percent."""
+    return f"{with_error(100.0 * share, 100.0 * error)}\N{NO-BREAK SPACE}%"
+
+
+def with_error(value: float | None, error: float | None) -> str:
+    """A value and its standard error, both to two digits of the error."""
+    if value is None:
+        return "-"
+    if error is None or not error > 0.0 or not math.isfinite(error):
+        return f"{value:.4g}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def _main_table(metrics: Metrics) -> str:
+    """Training temperature, target and reference side by side."""
+    hot, cold = metrics["temperature_train_kelvin"], metrics["temperature_target_kelvin"]
+    has_reference = metrics.get("reference_n_effective") is not None
+    head = ["", f"{hot:g} K", f"{cold:g} K", *([f"reference, {cold:g} K"] if has_reference else [])]
+
+    def row(label: str, cell: Any, reference: str = "") -> str:
+        cells = [cell("train"), cell("target"), *([reference] if has_reference else [])]
+        return f"<tr><th>{label}</th>" + "".join(f"<td>{escape(text)}</td>" for text in cells) + "</tr>"
+
+    def get(key: str) -> Any:
+        return metrics.get(key)
+
+    def shares(key: str, error: str) -> str:
+        value, deviation = get(key), get(error)
+        return "-" if value is None or deviation is None else share_with_error(value, deviation)
+
+    energy = "mean_energy_{}_kj_per_mol", "mean_energy_{}_error_kj_per_mol"
+    rows = [
+        row("draws", lambda w: f"{get(f'n_draws_{w}'):,}"),
+        row("rejected on the way", lambda w: f"{get(f'n_rejected_{w}'):,}"),
+        row("effective sample size (Kish, unclipped)", lambda w: percent(get(f"ess_{w}"))),
+        row("largest weight, share of all", lambda w: percent(get(f"largest_weight_share_{w}"))),
+        row("ln Z [nat]", lambda w: with_error(get(f"log_z_{w}_nat"), get(f"log_z_{w}_error_nat"))),
+        row(
+            "mean potential energy [kJ/mol]",
+            lambda w: with_error(get(energy[0].format(w)), get(energy[1].format(w))),
+            with_error(get("reference_mean_energy_kj_per_mol"), get("reference_mean_energy_error_kj_per_mol")),
+        ),
+    ]
+    if get("alpha_left_target") is not None:
+        free = "alpha_left_{}_free_energy_kt", "alpha_left_{}_free_energy_error_kt"
+        exact = shares("reference_alpha_left", "reference_alpha_left_error")
+        rows += [
+            row(f"{_ALPHA} share", lambda w: shares(f"alpha_left_{w}", f"alpha_left_{w}_error"), exact),
+            row(f"{_ALPHA} share as drawn, unweighted", lambda w: percent(get(f"alpha_left_{w}_raw"))),
+            row(f"{_ALPHA} free energy [kT]", lambda w: with_error(get(free[0].format(w)), get(free[1].format(w)))),
+        ]
+    return _table(head, rows)
+
+
+def _comparison(metrics: Metrics) -> str:
+    """Distance of the Ramachandran histogram to the reference; empty without one."""
+    names = {
+        "ramachandran_kl": "KL(reference || flow) [nat]",
+        "ramachandran_tv": "total variation",
+        "ramachandran_excess_tv": "total variation beyond what exact samples show",
+        "ramachandran_excess_tv_raw": "the same, draws unweighted",
+    }
+    rows = [
+        f"<tr><th>{escape(label)}</th><td>{metrics[key]:.4f}</td></tr>"
+        for key, label in names.items()
+        if metrics.get(key) is not None
+    ]
+    return _table(["Ramachandran histogram against the reference, 64 by 64 bins", ""], rows) if rows else ""
+
+
+_ALPHA = "&alpha;<sub>L</sub>"
+
+
+def _table(head: Sequence[str], rows: Sequence[str]) -> str:
+    cells = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
+    return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _picture(name: str, figure: Figure | bytes) -> str:
+    content = figure if isinstance(figure, bytes) else png(figure)
+    data = base64.b64encode(content).decode("ascii")
+    title, caption = CAPTIONS.get(name, (name, ""))
+    image = f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">'
+    return (
+        f'<figure id="{escape(name)}"><h3>{escape(title)}</h3><div class="wide">{image}</div>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def _warnings(sentences: Sequence[str]) -> str:
+    if not sentences:
+        return ""
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    return f'<aside role="note"><h2>Take care</h2><ul>{items}</ul></aside>'
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    rows = "".join(f"<tr><th>{escape(key)}</th><td>{escape(_plain(value))}</td></tr>" for key, value in values.items())
+    return f'<div class="wide"><table class="pairs"><tbody>{rows}</tbody></table></div>'
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return ", ".join(map(_plain, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,210 @@
+"""The report stage: figures, metrics.json and report.html of a run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import analysis, plotting
+from .assembly import open_energy
+from .canvas import png, versions
+from .checkpoint import load_flow
+from .ensemble import Ensemble
+from .files import whole, write_text
+from .flow import Flow
+from .report import share_with_error, write_report
+from .rundir import Progress, Run, RunError
+from .stages import (
+    ensemble_name,
+    sample_done,
+    sample_stage,
+    seconds,
+    simulate_done,
+    simulate_stage,
+    temperatures,
+    train_done,
+    train_stage,
+    training_frames,
+)
+from .trajectories import Frames
+from .typing import Positions, Steerable
+
+MEASURED = ("simulate", "train", "sample")
+FILES = ("metrics.json", "report.html", "energies.png")
+N_FRAME_ENERGIES = 4000
+N_STEERED = 1000
+STEP_KELVIN = 25.0
+"""Spacing of the temperatures in the figure of observables."""
+
+
+def report_done(run: Run) -> bool:
+    """Whether the report of the present ensembles is there."""
+    return sample_done(run) and run.is_done("report", *FILES, key=_key(run))
+
+
+def report_stage(run: Run, progress: Progress | None = None) -> None:
+    """Write the pictures, metrics.json and report.html.
+
+    Raises:
+        RunError: there are no ensembles yet.
+    """
+    if not sample_done(run):
+        raise RunError(f"{run.path} has no ensembles of its flow yet: run the sample stage first")
+    seed, flow = run.config.seed, load_flow(run.path / "flow.tsf")
+    molecule, frames = flow.molecule, training_frames(run, flow.molecule)
+    ensembles = [Ensemble.load(run.path / f"{ensemble_name(t)}.npz") for t in temperatures(run)]
+    target = ensembles[temperatures(run).index(run.config.sample.temperatures[0])]
+    reference = analysis.reference_for(molecule)
+    energy = open_energy(molecule, run.config.energy)
+    with run.working("report", progress, lambda: energy.n_evaluations) as report:
+        report(0, 4, "figures of the ensembles")
+        figures = analysis.metrics(ensembles[0], target, molecule, reference=reference, seed=seed)
+        figures |= _other_targets(ensembles, target, molecule)
+        report(1, 4, "observables")
+        observables = _observables(ensembles, molecule)
+        report(2, 4, "pictures")
+        drawn = plotting.figures(
+            ensembles[0], target, molecule, frames=frames.positions, reference=reference, observables=observables,
+            frame_energies=_frame_energies(energy, frames), history=_history(run), seed=seed,
+        )  # fmt: skip
+        pictures = {name: png(figure) for name, figure in drawn.items()}
+        report(3, 4, "files")
+        _write(run, figures | _account(run) | _of_flow(flow, frames, target), pictures, molecule.name)
+    run.update("report", done=True, key=_key(run))
+
+
+def summary(run: Run) -> dict[str, str]:
+    """The main figures of a reported run, ready to print: names and values with units."""
+    found = json.loads((run.path / "metrics.json").read_text("utf-8"))
+    hot, cold = (f"{found[f'temperature_{which}_kelvin']:g} K" for which in ("train", "target"))
+    rows = {
+        f"effective sample size, {hot}": f"{100 * found['ess_train']:.3g} %",
+        f"effective sample size, {cold}": f"{100 * found['ess_target']:.3g} % of {found['n_draws_target']} draws",
+        f"largest weight, {cold}": f"{100 * found['largest_weight_share_target']:.3g} % of all",
+    }
+    if found.get("alpha_left_target") is not None:
+        share = share_with_error(found["alpha_left_target"], found["alpha_left_target_error"])
+        raw = 100 * found["alpha_left_target_raw"]
+        rows[f"alpha_L share, {cold}"] = f"{share} reweighted, {raw:.3g} % raw"
+    if found.get("reference_alpha_left") is not None:
+        exact = share_with_error(found["reference_alpha_left"], found["reference_alpha_left_error"])
+        rows["  long reference"] = exact
+    rows["time"] = ", ".join(f"{stage} {found[f'seconds_{stage}']:.0f} s" for stage in MEASURED)
+    return rows
+
+
+def steering_spread(flow: Steerable, positions: Positions, first: float, second: float) -> float:
+    """How far a flow is from the steering law [nat]: (max - min of T1 ln q_T1 - T2 ln q_T2) / |T1 - T2|.
+
+    Args:
+        flow: in double precision.
+        positions: (frames, atoms, 3) [nm] on the chart, at least 1,000 for a figure to quote.
+        first, second: the two temperatures [K], not the same.
+
+    Source: Dibak, Klein, Noe, arXiv 2012.00429, eq. 4.
+    """
+    with torch.no_grad():
+        excess = first * flow.at(first).log_prob(positions) - second * flow.at(second).log_prob(positions)
+    return float(excess.max() - excess.min()) / abs(first - second)
+
+
+STAGES: dict[str, tuple[Callable[[Run], bool], Callable[[Run, Progress | None], None]]] = {
+    "simulate": (simulate_done, simulate_stage),
+    "train": (train_done, train_stage),
+    "sample": (sample_done, sample_stage),
+    "report": (report_done, report_stage),
+}
+"""Whether a stage is done, and what does it, in the order of a run."""
+
+
+def _key(run: Run) -> str:
+    """What a report depends on besides this package: the ensembles."""
+    return " | ".join(str(run.record(f"sample {t:g} K").get("key")) for t in temperatures(run))
+
+
+def _write(run: Run, figures: dict[str, Any], pictures: dict[str, bytes], name: str) -> None:
+    for picture, content in pictures.items():
+        with whole(run.path / f"{picture}.png") as temporary:
+            temporary.write_bytes(content)
+    settings = dataclasses.asdict(run.config)
+    seed = settings.pop("seed")
+    write_report(
+        run.path / "report.html", name=name, metrics=figures, figures=pictures, settings=settings,
+        versions=versions(), seed=seed,
+    )  # fmt: skip
+    write_text(run.path / "metrics.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
+
+
+def _account(run: Run) -> dict[str, Any]:
+    """Time, energy evaluations, seed and versions."""
+    names = {stage: [stage] for stage in MEASURED} | {"sample": [f"sample {t:g} K" for t in temperatures(run)]}
+    counts = {
+        f"n_energy_evaluations_{stage}": sum(run.record(name).get("n_energy_evaluations", 0) for name in parts)
+        for stage, parts in names.items()
+    }
+    return {
+        "n_energy_evaluations": sum(counts.values()),
+        **counts,
+        **{f"seconds_{stage}": round(seconds(run, stage), 2) for stage in MEASURED},
+        "seed": run.config.seed,
+        **{f"version_{name.replace('-', '_')}": number for name, number in versions().items()},
+    }
+
+
+def _of_flow(flow: Flow, frames: Frames, target: Ensemble) -> dict[str, Any]:
+    facts: dict[str, Any] = {"n_parameters": flow.n_parameters, "n_training_frames": len(frames)}
+    try:
+        phi, _ = analysis.phi_psi(frames.positions, flow.molecule)
+        facts["n_phi_transitions_dynamics"] = analysis.count_transitions(phi, frames.n_walkers)
+    except ValueError:  # no residue with both torsions
+        facts["n_phi_transitions_dynamics"] = None
+    hot, cold = flow.training_temperature, target.temperature
+    some = target.positions[:N_STEERED].to(torch.float64)
+    spread = steering_spread(flow, some, hot, cold if cold != hot else 0.5 * hot)
+    return facts | {"steering_spread_nat": spread if math.isfinite(spread) else None}
+
+
+def _other_targets(ensembles: Sequence[Ensemble], target: Ensemble, molecule: Any) -> dict[str, Any]:
+    """ESS and alpha_L share of the targets after the first, under names that end in the temperature."""
+    figures: dict[str, Any] = {}
+    for ensemble in ensembles[1:]:
+        if ensemble is target:
+            continue
+        found, ending = analysis.metrics(ensemble, ensemble, molecule), f"{ensemble.temperature:g}_kelvin"
+        names = ("ess", "largest_weight_share", "alpha_left", "alpha_left_error")
+        keys = {"alpha_left_error": "alpha_left_target_error"}
+        figures |= {f"{name}_{ending}": found[keys.get(name, f"{name}_target")] for name in names}
+    return figures
+
+
+def _observables(ensembles: Sequence[Ensemble], molecule: Any) -> list[dict[str, float]] | None:
+    """Observables from the lowest to the highest temperature, each from the ensemble that is worth most there."""
+    own = [ensemble.temperature for ensemble in ensembles]
+    steps = max(2, math.ceil((max(own) - min(own)) / STEP_KELVIN) + 1)
+    grid = sorted({*own, *np.linspace(min(own), max(own), steps).round(3).tolist()})
+    try:
+        angles = [analysis.phi_psi(ensemble.positions, molecule)[0] for ensemble in ensembles]
+    except ValueError:  # no residue with both torsions
+        return None
+    best = [max(range(len(ensembles)), key=lambda i: ensembles[i].reweighted(t).ess) for t in grid]
+    rows = []
+    for i, (ensemble, phi) in enumerate(zip(ensembles, angles, strict=True)):
+        mine = [t for t, chosen in zip(grid, best, strict=True) if chosen == i]
+        rows += analysis.observables_against_temperature(ensemble, mine, phi) if mine else []
+    return sorted(rows, key=lambda row: row["temperature"])
+
+
+def _frame_energies(energy: Any, frames: Frames) -> np.ndarray:
+    """Energies [kJ/mol] of frames spread over the dynamics."""
+    some = np.unique(np.linspace(0, len(frames) - 1, N_FRAME_ENERGIES).astype(int))
+    return energy(torch.as_tensor(frames.positions[some], dtype=torch.float64)).numpy()
+
+
+def _history(run: Run) -> list[dict[str, Any]]:
+    return json.loads((run.path / "history.json").read_text("utf-8"))["rows"]

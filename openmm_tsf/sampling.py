@@ -1,0 +1,130 @@
+"""Behind `openmm-tsf sample` and `openmm-tsf info`: any flow at any temperature, and what flows and machines say."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+from .analysis import alpha_left, phi_psi
+from .checkpoint import flow_info, load_flow, pretrained
+from .energy import OpenMMEnergy
+from .energy.platforms import available_platforms, n_cores
+from .ensemble import Ensemble, draw
+from .flow import Flow
+from .stages import ensemble_name, save_frames
+from .systems import Molecule
+
+FRAME_FORMATS = (".dcd", ".xtc", ".trr", ".nc", ".pdb", ".gro", ".xyz")
+"""Endings that get equally likely frames; only .npz gets the draws with their weights."""
+SHOWN_VERSIONS = ("torch", "openmm", "openmmtools", "mdtraj", "nglview", "numpy")
+
+
+def open_flow(source: str) -> Flow:
+    """A flow from a checkpoint, a run directory or a pretrained name.
+
+    Raises:
+        ValueError: the file is no checkpoint, or there is no file or flow of that name.
+        OSError: the file cannot be read.
+    """
+    path = Path(source)
+    return load_flow(path / "flow.tsf" if path.is_dir() else path) if path.exists() else pretrained(source)
+
+
+def sample_to_file(
+    source: str, temperature: float, *, n: int, out: Path | None, at: float | None, seed: int, platform: str | None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> tuple[dict[str, str], Path]:  # fmt: skip
+    """Draw an ensemble and write it; everything that can go wrong with the file is tried before the work is done.
+
+    Args:
+        source: as in `open_flow`.
+        temperature: of the ensemble [K].
+        n: number of draws.
+        out: file; its ending says what is written. By default ensemble_<T>K.npz in the present folder.
+        at: temperature the flow runs at [K]; by default that of the ensemble.
+        seed: of the draws.
+        platform: of OpenMM.
+        progress: told of the draws.
+
+    Returns:
+        rows to show, and the path written.
+    """
+    out = Path(f"{ensemble_name(temperature)}.npz") if out is None else out
+    _check_target(out)
+    flow = open_flow(source)
+    energy = OpenMMEnergy(flow.molecule.system, platform)
+    generator = torch.Generator().manual_seed(seed)
+    begin = time.perf_counter()
+    ensemble = draw(flow, energy, temperature=temperature, n=n, generator=generator, at=at, progress=progress)
+    seconds = time.perf_counter() - begin
+    if out.suffix == ".npz":
+        ensemble.save(out)
+    else:
+        save_frames(ensemble, flow.molecule, out, generator)
+    return figures(ensemble, flow.molecule) | {"time": f"{seconds:.1f} s ({n / seconds:.0f} draws/s)"}, out
+
+
+def figures(ensemble: Ensemble, molecule: Molecule) -> dict[str, str]:
+    """What says how far to trust an ensemble, ready to print: names and values with units."""
+    mean, error = ensemble.mean(ensemble.energy)
+    rows = {
+        "draws": f"{len(ensemble)}, and {ensemble.n_rejected} rejected on the way (counted as zero weights)",
+        "effective sample size": f"{100 * ensemble.ess:.3g} % (Kish, unclipped)",
+        "largest weight": f"{100 * ensemble.largest_weight_share:.3g} % of all",
+        "mean energy": f"{float(mean):.2f} ± {float(error):.2f} kJ/mol",
+    }
+    try:
+        phi, _ = phi_psi(ensemble.positions, molecule)
+    except ValueError:  # no residue with both torsions
+        return rows
+    members = torch.as_tensor(alpha_left(phi)).double()
+    share, error = ensemble.mean(members)
+    raw = 100 * float(members.mean())
+    rows["alpha_L share"] = f"{100 * float(share):.3g} ± {100 * float(error):.2g} % reweighted, {raw:.3g} % raw"
+    return rows
+
+
+def describe_flow(source: str) -> tuple[str, dict[str, str]]:
+    """Title and rows: what a checkpoint says about itself."""
+    path = Path(source)
+    path = path / "flow.tsf" if path.is_dir() else path
+    content = flow_info(path if path.exists() else source)
+    return source, {key: _short(value) for key, value in content.items()}
+
+
+def describe_machine() -> tuple[str, dict[str, str]]:
+    """Title and rows: versions, OpenMM platforms, cores and devices."""
+    rows = {"openmm-tsf": __version__, **{name: _version(name) for name in SHOWN_VERSIONS}}
+    rows["OpenMM platforms"] = ", ".join(available_platforms())
+    rows["cores"] = str(n_cores())
+    gpu = torch.cuda.is_available()
+    rows["CUDA in torch"] = torch.cuda.get_device_name() if gpu else "none"
+    return "openmm-tsf", rows
+
+
+def _check_target(out: Path) -> None:
+    if out.suffix not in (".npz", *FRAME_FORMATS):
+        raise ValueError(f"{out}: write .npz (draws with weights) or frames as {', '.join(FRAME_FORMATS)}")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(2, "no such folder", str(out.absolute().parent))
+    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
+        raise PermissionError(13, "cannot be written", str(out))
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _short(value: Any, width: int = 300) -> str:
+    text = str(value)
+    return text if len(text) <= width else f"{text[:width]} ... ({len(text)} characters)"

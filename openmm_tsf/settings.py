@@ -1,0 +1,185 @@
+"""The settings of a run: one frozen dataclass for each table of its configuration file.
+
+The defaults are the alanine dipeptide job. A value out of range is a ValueError that names the key, the value and what
+is allowed; `openmm_tsf.config` reads and writes files.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from .flow import FlowSettings
+from .training import TrainingSettings
+
+MODELS = ("ff96-obc1", "ff99sbildn-obc2", "vacuum")
+TIMESTEP_FS = {False: 1.0, True: 2.0}
+"""Default time step [fs] without and with constrained bonds."""
+
+
+@dataclass(frozen=True)
+class MoleculeSettings:
+    """What is simulated: a built-in model, or the user's files.
+
+    Args:
+        model: a model of `alanine_dipeptide`; the default where no `structure` is given.
+        structure: PDB, mmCIF or inpcrd file.
+        parameters: prmtop or serialized System XML that goes with it.
+        force_field: OpenMM force-field XMLs, built-in names or files.
+        implicit_solvent: solvent for a prmtop: "HCT", "OBC1", "OBC2", "GBn" or "GBn2".
+        constraints: "none", "HBonds", "AllBonds" or "HAngles".
+        name: for file names and titles.
+    """
+
+    model: Literal["ff96-obc1", "ff99sbildn-obc2", "vacuum"] | None = None
+    structure: str | None = None
+    parameters: str | None = None
+    force_field: tuple[str, ...] = ()
+    implicit_solvent: Literal["HCT", "OBC1", "OBC2", "GBn", "GBn2"] | None = None
+    constraints: Literal["none", "HBonds", "AllBonds", "HAngles"] = "none"
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        files = [n for n in ("parameters", "force_field", "implicit_solvent", "name") if getattr(self, n)]
+        if self.structure is None and files:
+            raise ValueError(f"{files[0]} has no effect without structure, a file with the coordinates")
+        if self.structure is not None and self.model is not None:
+            raise ValueError(f"model = {self.model!r} and structure = {self.structure!r} exclude each other")
+        if self.structure is None and self.model is None:
+            object.__setattr__(self, "model", MODELS[0])
+
+
+@dataclass(frozen=True)
+class ZMatrixSettings:
+    """Changes to the automatic internal coordinates; atoms by label as in "ALA2-CA" (`openmm-tsf info FLOW` has them).
+
+    Args:
+        root: three atoms to begin with.
+        references: atom to the three atoms that it hangs on by bond, angle and torsion.
+        kinds: atom to the kind of its torsion. "soft" lifts the cis/trans bound of a "planar" one.
+    """
+
+    root: tuple[str, ...] = ()
+    references: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    kinds: dict[str, Literal["soft", "planar", "stiff"]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for what, atoms in {"root": self.root or ("",) * 3, **self.references}.items():
+            if len(atoms) != 3:
+                raise ValueError(f"{what} names {len(atoms)} atoms ({', '.join(atoms)}): must be 3")
+
+
+@dataclass(frozen=True)
+class EnergySettings:
+    """Where OpenMM runs.
+
+    Args:
+        platform: "CUDA", "OpenCL", "HIP", "CPU" or "Reference"; by default the fastest that works.
+        precision: of the CUDA and OpenCL platforms.
+        device_index: which GPU.
+    """
+
+    platform: str | None = None
+    precision: Literal["single", "mixed", "double"] | None = None
+    device_index: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "device_index")
+
+
+@dataclass(frozen=True)
+class SimulateSettings:
+    """The training frames: dynamics at one temperature, or a trajectory that the user has.
+
+    Args:
+        temperature: of the dynamics, or of the trajectory [K].
+        n_frames: frames kept, of all walkers together.
+        spacing_fs: time between kept frames of a walker [fs].
+        n_walkers: independent trajectories.
+        timestep_fs: [fs]; by default 1 without and 2 with constrained bonds.
+        friction_per_ps: of Langevin dynamics [1/ps].
+        equilibration_ps: time dropped at the beginning of each walker [ps].
+        trajectory: any file that mdtraj reads; nothing is simulated then.
+        trajectory_walkers: rows of the trajectory that belong to one time, if walkers take turns in it.
+        trajectory_stride: keep every n-th frame of it.
+    """
+
+    temperature: float = 600.0
+    n_frames: int = 100_000
+    spacing_fs: float = 20.0
+    n_walkers: int = 10
+    timestep_fs: float | None = None
+    friction_per_ps: float = 1.0
+    equilibration_ps: float = 20.0
+    trajectory: str | None = None
+    trajectory_walkers: int = 1
+    trajectory_stride: int = 1
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "temperature", "spacing_fs", "timestep_fs", "friction_per_ps")
+        _at_least(self, 1, "n_walkers", "trajectory_walkers", "trajectory_stride")
+        _at_least(self, 2, "n_frames")
+        _at_least(self, 0, "equilibration_ps")
+        if self.timestep_fs is not None and not math.isclose(
+            self.spacing_fs / self.timestep_fs, max(1, round(self.spacing_fs / self.timestep_fs)), rel_tol=1e-9
+        ):
+            raise ValueError(
+                f"spacing_fs = {self.spacing_fs:g} must be a multiple of timestep_fs = {self.timestep_fs:g}"
+            )
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """The ensembles drawn from the trained flow.
+
+    Args:
+        temperatures: targets [K]; the training temperature is always drawn besides.
+        n: valid draws at each temperature.
+    """
+
+    temperatures: tuple[float, ...] = (300.0,)
+    n: int = 100_000
+
+    def __post_init__(self) -> None:
+        if not self.temperatures:
+            raise ValueError("temperatures = [] must name at least one temperature in K")
+        bad = [t for t in self.temperatures if not (math.isfinite(t) and t > 0.0)]
+        if bad:
+            raise ValueError(f"temperatures holds {bad[0]:g}: must be finite and above 0 K")
+        _at_least(self, 1, "n")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All of a run. `seed` fixes the random numbers of every stage."""
+
+    seed: int = 1
+    molecule: MoleculeSettings = field(default_factory=MoleculeSettings)
+    energy: EnergySettings = field(default_factory=EnergySettings)
+    simulate: SimulateSettings = field(default_factory=SimulateSettings)
+    zmatrix: ZMatrixSettings = field(default_factory=ZMatrixSettings)
+    flow: FlowSettings = field(default_factory=FlowSettings)
+    train: TrainingSettings = field(default_factory=TrainingSettings)
+    sample: SampleSettings = field(default_factory=SampleSettings)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed = {self.seed} must lie in 0 ... 2147483647")
+        if self.simulate.timestep_fs is None:
+            step = TIMESTEP_FS[self.molecule.constraints != "none"]
+            object.__setattr__(self, "simulate", replace(self.simulate, timestep_fs=step))
+
+
+def _above_zero(settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not (math.isfinite(value) and value > 0.0):
+            raise ValueError(f"{name} = {value:g} must be finite and above 0")
+
+
+def _at_least(settings: Any, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} = {value:g} must be at least {least}")

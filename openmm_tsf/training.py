@@ -1,0 +1,311 @@
+"""Training a flow on frames and energies at the training temperature; resumable to the bit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .files import whole, write_text
+from .flow import Flow
+from .losses import energy_loss, likelihood_loss
+from .pretraining import fit_torsions
+from .trajectories import Frames
+from .typing import Energy
+from .units import kT
+from .weights import effective_sample_size
+
+Progress = Callable[[int, int, str], None]
+HEADROOM = 20.0
+"""Reduced energies are softened this far [kT] above the highest of a few hundred frames."""
+
+
+RECENT = 64
+"""Steps whose draws make up the ESS and the energy loss that training reports and judges itself by."""
+MOST_OFTEN = 30.0
+"""No frame is picked more often than this times the mean, however rare its torsions."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How to train. The defaults are meant for alanine dipeptide and its like.
+
+    Attributes:
+        steps: number of optimiser steps.
+        batch_frames: frames in a step.
+        batch_draws: draws in a step, each costing one energy and its forces.
+        flatten: half of the frames and half of the draws of a step have their torsions from a density flattened as if
+            torsions were so many times as hot, so that rare basins are learnt as well as common ones; 1 for none of it.
+        energy_weight: final weight of the energy loss; the likelihood has the rest.
+        ramp_start, ramp_end: share of the steps where the energy weight starts to rise and where it is full.
+        learning_rate: largest of the one-cycle schedule (AdamW).
+        weight_average: decay of the exponential average of the weights that is kept as the result.
+        clip: largest norm of the gradient.
+        held_out: share of the frames, the latest in time, that never trains.
+        evaluate_every: steps between evaluations of the held-out frames.
+        patience: evaluations without a better score after which training stops; the score is the held-out nll and the recent
+            energy loss, weighted as in training.
+        checkpoint_every: steps between checkpoints.
+    """
+
+    steps: int = 3000
+    batch_frames: int = 512
+    batch_draws: int = 256
+    flatten: float = 3.0
+    energy_weight: float = 0.5
+    ramp_start: float = 0.1
+    ramp_end: float = 0.4
+    learning_rate: float = 1e-3
+    weight_average: float = 0.99
+    clip: float = 10.0
+    held_out: float = 0.1
+    evaluate_every: int = 100
+    patience: int = 20
+    checkpoint_every: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_frames", "batch_draws", "evaluate_every", "patience", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training setting {name} must be at least 1, not {getattr(self, name)}")
+        if not (math.isfinite(self.flatten) and self.flatten >= 1):
+            raise ValueError(f"training setting flatten must be at least 1, not {self.flatten:g}")
+        for name in ("learning_rate", "clip"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"training setting {name} must be above 0, not {getattr(self, name):g}")
+        if not 0 <= self.ramp_start <= self.ramp_end <= 1:
+            raise ValueError(f"need 0 <= ramp_start <= ramp_end <= 1, not {self.ramp_start:g} and {self.ramp_end:g}")
+        for name, top in (("energy_weight", 1.0), ("held_out", 0.9), ("weight_average", 1.0)):
+            if not 0 <= getattr(self, name) <= top or (name != "energy_weight" and getattr(self, name) == 1.0):
+                raise ValueError(f"training setting {name} must be between 0 and {top:g}, not {getattr(self, name):g}")
+        if self.held_out == 0:
+            raise ValueError("training setting held_out must be above 0: held-out frames decide when to stop")
+
+
+@dataclass
+class History:
+    """What training saw: rows with step, loss, held_out_nll, ess_train, energy_loss and learning_rate."""
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+    n_energy_evaluations: int = 0
+    best_step: int = 0
+    stopped_early: bool = False
+
+
+def train(
+    flow: Flow, frames: Frames, energy: Energy, settings: TrainingSettings | None = None, *,
+    directory: str | Path, seed: int, progress: Progress | None = None,
+) -> History:  # fmt: skip
+    """Train a flow in place: likelihood of frames, then likelihood and energy loss, all at the training temperature.
+
+    The weights with the best score on held-out frames and recent draws are kept. Checkpoints go to
+    `directory/training_state.pt`; called again with the same arguments, training goes on from there with the same
+    random numbers.
+
+    Args:
+        flow: an untrained flow (`build_flow`); on return it holds the result.
+        frames: each with its temperature; the latest `held_out` share steers and never trains.
+        energy: U [kJ/mol].
+        settings: see TrainingSettings.
+        directory: for checkpoints and `history.json`.
+        seed: of batches and draws.
+        progress: called with (steps done, steps, message).
+
+    Raises:
+        ValueError: frames off the chart, or a checkpoint in `directory` of another run.
+        RuntimeError: the loss is not finite.
+    """
+    trainer = _Trainer(flow, frames, energy, settings or TrainingSettings(), Path(directory), seed)
+    trainer.resume()
+    return trainer.run(progress or (lambda done, total, message: None))
+
+
+class _Trainer:
+    """The state of one training run. Single precision throughout: twice as fast, and the result is exact in double."""
+
+    def __init__(
+        self, flow: Flow, frames: Frames, energy: Energy, settings: TrainingSettings, directory: Path, seed: int
+    ) -> None:
+        self.target, self.energy, self.settings, self.directory = flow, energy, settings, directory
+        early, late = frames.split(settings.held_out)
+        self.q, self.temperatures = _internals(flow, early)
+        q, temperatures = _internals(flow, late)
+        thin = max(1, len(q) // 5000)
+        self.held_out = q[::thin], temperatures[::thin]
+        self.flow = copy.deepcopy(flow).float()
+        self.average = copy.deepcopy(self.flow)
+        self.optimiser = torch.optim.AdamW(self.flow.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimiser, settings.learning_rate, total_steps=settings.steps, pct_start=0.1
+        )
+        self.generator = torch.Generator().manual_seed(seed)
+        self.history, self.step, self.losses = History(), 0, {"loss": math.nan, "energy_loss": math.nan}
+        self.best = (math.inf, copy.deepcopy(self.flow.state_dict()))
+        self.log_weights: list[Tensor] = []
+        self.recent: list[float] = []
+        self.identity = json.dumps(
+            {"seed": seed, "frames": len(frames.positions), "temperature": flow.training_temperature, **asdict(settings)}
+        )
+        self.start = self._highest_energy(early) + HEADROOM
+
+    def _highest_energy(self, frames: Frames) -> float:
+        """Highest reduced energy [kT] of a few hundred frames."""
+        some = slice(None, None, max(1, len(frames.positions) // 256))
+        u = self.energy(torch.tensor(frames.positions[some], dtype=torch.float64))
+        return float((u / kT(torch.tensor(frames.temperatures[some]))).max())
+
+    def run(self, progress: Progress) -> History:
+        settings = self.settings
+        if self.step == 0:
+            self._fit_prior()
+        while self.step < settings.steps and not self.history.stopped_early:
+            self._step()
+            if self.step % settings.evaluate_every == 0 or self.step == settings.steps:
+                self._evaluate()
+            if self.step % settings.checkpoint_every == 0:
+                self._save()
+            progress(self.step, settings.steps, self._message())
+        self._save()
+        self.target.load_state_dict(self.best[1])
+        return self.history
+
+    def _fit_prior(self) -> None:
+        torsions = self.q[:, self.target.internals.circular]
+        prior = copy.deepcopy(self.target.prior)
+        fit_torsions(prior, torsions, self.temperatures / self.target.training_temperature)
+        for flow in (self.flow, self.average):
+            flow.prior.load_state_dict(prior.state_dict())
+        self.picks = self._flattened(prior.at(1.0).log_prob_torsions(torsions.double()))
+
+    def _flattened(self, log_density: Tensor) -> Tensor:
+        """Running sum of the weights with which frames are picked so that their torsions have the flattened density."""
+        log_weights = (1.0 / self.settings.flatten - 1.0) * log_density.detach()
+        weights = torch.exp(log_weights - log_weights.max())
+        return weights.clamp(max=MOST_OFTEN * float(weights.mean())).cumsum(0)
+
+    def _step(self) -> None:
+        settings = self.settings
+        weight = self._weight()
+        loss, surrogate = self._likelihood()
+        total = (1.0 - weight) * surrogate
+        if weight > 0.0:
+            drawn = energy_loss(
+                self.flow, self.energy, self.flow.training_temperature, settings.batch_draws,
+                start=self.start, flatten=settings.flatten, generator=self.generator,
+            )  # fmt: skip
+            total = total + weight * drawn.surrogate
+            self.losses["energy_loss"] = drawn.value
+            self.recent = [*self.recent[1 - RECENT :], drawn.value]
+            self.log_weights = [*self.log_weights[1 - RECENT :], drawn.log_weights.double()]
+            self.history.n_energy_evaluations += settings.batch_draws
+        self.optimiser.zero_grad()
+        total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), settings.clip)
+        if not torch.isfinite(norm):
+            raise RuntimeError(
+                f"the gradient is not finite at step {self.step}; a smaller learning_rate or energy_weight may help"
+            )
+        self.optimiser.step()
+        self.schedule.step()
+        self.step += 1
+        self.losses["loss"] = loss
+        self._average()
+
+    def _likelihood(self) -> tuple[float, Tensor]:
+        """-ln q of frames as they come [nat], and the mean of that and of the conditional one of frames of all basins."""
+        n = self.settings.batch_frames
+        rows = torch.randint(len(self.q), (n - n // 2,), generator=self.generator)
+        loss = likelihood_loss(self.flow, self.q[rows], self.temperatures[rows]).mean()
+        import os
+        if os.environ.get("NOFLATL"):
+            rows = torch.randint(len(self.q), (n,), generator=self.generator)
+            l = likelihood_loss(self.flow, self.q[rows], self.temperatures[rows]).mean()
+            return float(l.detach()), l
+        picks = torch.rand(n // 2, generator=self.generator, dtype=torch.float64) * self.picks[-1]
+        rows = torch.searchsorted(self.picks, picks).clamp(max=len(self.q) - 1)
+        flat = likelihood_loss(self.flow, self.q[rows], self.temperatures[rows], conditional=True).mean()
+        return float(loss.detach()), 0.5 * (loss + flat)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Move the average of the weights; at the start it follows closely."""
+        keep = min(self.settings.weight_average, self.step / (self.step + 10.0))
+        for mean, new in zip(self.average.parameters(), self.flow.parameters(), strict=True):
+            mean.lerp_(new, 1.0 - keep)
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        nll = float(likelihood_loss(self.average, *self.held_out).mean())
+        ess = effective_sample_size(torch.cat(self.log_weights)) if self.log_weights else math.nan
+        rate = self.schedule.get_last_lr()[0]
+        row = {"step": self.step, **self.losses, "held_out_nll": nll, "ess_train": float(ess), "learning_rate": rate}
+        self.history.rows.append(row)
+        score = self._score(nll)
+        if score < self.best[0]:
+            self.best = (score, copy.deepcopy(self.average.state_dict()))
+            self.history.best_step = self.step
+        elif self.step - self.history.best_step >= self.settings.patience * self.settings.evaluate_every:
+            self.history.stopped_early = True
+
+    def _score(self, nll: float) -> float:
+        """What is to be low [nat]: the loss on held-out frames and on recent draws, at the final energy weight."""
+        if self._weight() < self.settings.energy_weight:
+            return math.inf  # models from before the ramp's end have learnt too little of the energy
+        weight = self.settings.energy_weight
+        recent = sum(self.recent) / len(self.recent) if self.recent else 0.0
+        return (1.0 - weight) * nll + weight * recent
+
+    def _weight(self) -> float:
+        """Weight of the energy loss at this step."""
+        settings = self.settings
+        ramp = (self.step / settings.steps - settings.ramp_start) / max(settings.ramp_end - settings.ramp_start, 1e-9)
+        return settings.energy_weight * min(max(ramp, 0.0), 1.0)
+
+    def _message(self) -> str:
+        if not self.history.rows:
+            return f"loss {self.losses['loss']:.2f}"
+        row = self.history.rows[-1]
+        return f"loss {self.losses['loss']:.2f}  held-out {row['held_out_nll']:.2f}  ESS {row['ess_train']:.0%}"
+
+    def _save(self) -> None:
+        state = {
+            "identity": self.identity, "step": self.step, "flow": self.flow.state_dict(),
+            "average": self.average.state_dict(), "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(), "generator": self.generator.get_state(), "best": self.best,
+            "picks": self.picks, "log_weights": self.log_weights,
+            "recent": self.recent, "losses": self.losses, "history": asdict(self.history),
+        }  # fmt: skip
+        with whole(self.directory / "training_state.pt") as temporary:
+            torch.save(state, temporary)
+        write_text(self.directory / "history.json", json.dumps(asdict(self.history), indent=1))
+
+    def resume(self) -> None:
+        """Go on from the checkpoint in the directory, if there is one."""
+        path = self.directory / "training_state.pt"
+        if not path.exists():
+            return
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path} is not a training checkpoint ({error}); delete it to start again") from error
+        if state["identity"] != self.identity:
+            raise ValueError(f"{path} belongs to a run with other settings or frames; use another directory or delete it")
+        self.flow.load_state_dict(state["flow"])
+        self.average.load_state_dict(state["average"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.generator.set_state(state["generator"])
+        self.step, self.best, self.log_weights = state["step"], tuple(state["best"]), state["log_weights"]
+        self.picks, self.recent, self.losses = state["picks"], state["recent"], state["losses"]
+        self.history = History(**state["history"])
+
+
+def _internals(flow: Flow, frames: Frames) -> tuple[Tensor, Tensor]:
+    """Internals (frames on the chart, D) and temperatures in single precision."""
+    q, kept = flow.internals.of_frames(frames.positions)
+    return q[kept].float(), torch.tensor(frames.temperatures, dtype=torch.float32)[kept]
