@@ -20,9 +20,9 @@ from .zmatrix import ZMatrix
 class Chart(nn.Module):
     """The region of flat internals q (batch, D) that belongs to the reference's isomer.
 
-    Inside means: r > 0, |cos theta| < 1, stiff torsions within pi of their reference, planar ones within 90 degrees of cis
-    or trans (whichever the reference is), and every four-coordinated centre as handed as in the reference, labelled
-    hydrogens included.
+    Inside means: r > 0, |cos theta| < 1, stiff torsions within pi of their reference, planar ones within 90 degrees of
+    cis or trans (whichever the reference is), and every four-coordinated centre as handed as in the reference,
+    labelled hydrogens included.
 
     Args:
         reference: (D,) internals of the reference positions.
@@ -96,9 +96,7 @@ class Chart(nn.Module):
         return "; ".join(found)
 
 
-def _handed_centres(
-    zmatrix: ZMatrix, bonds: Sequence[tuple[int, int]]
-) -> tuple[list[int], Tensor, Tensor, Tensor]:
+def _handed_centres(zmatrix: ZMatrix, bonds: Sequence[tuple[int, int]]) -> tuple[list[int], Tensor, Tensor, Tensor]:
     """Centres with four neighbours, and how to read the angular positions t2, t3 of two neighbours relative to a third.
 
     t2 = first @ torsions, t3 = second @ torsions + offset. Where a ring closure hides the third neighbour, t3 is put
@@ -118,7 +116,7 @@ def _handed_centres(
             continue
         leader = torch.zeros(n, dtype=torch.float64)
         steps = [torch.eye(n, dtype=torch.float64)[i] for i in members[1:]]
-        if graph.has_edge(centre, zmatrix.rows[members[0]].torsion):  # the root: its third atom is the neighbour at zero
+        if graph.has_edge(centre, zmatrix.rows[members[0]].torsion):  # the root: that neighbour is at zero
             leader[members[0]] = 1.0
             steps = [leader, *(leader + step for step in steps)]
         if not steps:

@@ -156,7 +156,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
-                raise CheckpointError(f"{path} is not an openmm_tsf flow (format {header.get('format')!r}, expected {FORMAT!r})")
+                found = header.get("format")
+                raise CheckpointError(f"{path} is not an openmm_tsf flow (format {found!r}, expected {FORMAT!r})")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise CheckpointError(f"{path} is cut short or not a flow: {error}") from error

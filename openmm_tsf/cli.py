@@ -204,7 +204,10 @@ def info(
     """Print versions and OpenMM platforms; or what a checkpoint says about itself."""
     from .sampling import describe_flow, describe_machine
 
-    table(*(describe_machine() if source is None else describe_flow(source)))
+    title, rows, more = describe_machine() if source is None else describe_flow(source)
+    table(title, rows)
+    if more:
+        typer.echo(more)
 
 
 @contextmanager

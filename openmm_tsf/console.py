@@ -30,7 +30,8 @@ def one_line(error: BaseException) -> str:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}"
     text = " ".join(str(error).split()) or type(error).__name__
-    expected = isinstance(error, ValueError | OSError | ImportError | RuntimeError)
+    known = ValueError | OSError | ImportError | RuntimeError | MemoryError
+    expected = isinstance(error, known) or type(error).__name__ == "OpenMMException"
     return text if expected else f"{type(error).__name__}: {text} (a defect of openmm-tsf; --debug shows where)"
 
 
@@ -60,11 +61,11 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def _plain_warnings(debug: bool) -> Iterator[None]:
-    """Warnings of this package as one line each; those of others only with --debug."""
+    """Warnings meant for users as one line each; all the others, for programmers, only with --debug."""
     with warnings.catch_warnings():
         if not debug:
             warnings.simplefilter("ignore")
-            warnings.filterwarnings("always", category=UserWarning, module=r"openmm_tsf\b")
+            warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_, **__: say(f"warning: {' '.join(str(message).split())}")
         yield
 
@@ -116,12 +117,13 @@ class Bar:
 
 
 def table(title: str, rows: Mapping[str, str]) -> None:
-    """Names and values in two columns on stdout."""
+    """A title, then names and values in two columns, on stdout."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(title=Text(title), title_justify="left", show_header=False)
+    typer.echo(title)  # a line of its own: a long path in a title of the table would be broken
+    made = Table(show_header=False)
     made.add_column(no_wrap=True)
     made.add_column(overflow="fold")
     for name, value in rows.items():

@@ -157,7 +157,9 @@ class SteeredFlow:
             xs.append(x[inside])
             logs.append(log_prob[inside])
             if tried > 1000 * (have + 1) + 10_000:
-                raise RuntimeError(f"only {have} of {tried} draws are on the chart at {self.temperature:g} K; train longer")
+                raise RuntimeError(
+                    f"only {have} of {tried} draws are on the chart at {self.temperature:g} K; train longer"
+                )
         if not xs:
             return self.propose(0, generator=generator)[:2]
         return torch.cat(xs)[:n], torch.cat(logs)[:n]
@@ -189,15 +191,19 @@ def build_flow(
     """
     internals = FlatInternals(molecule, zmatrix or build_zmatrix(molecule))
     q, kept = internals.of_frames(frames.positions)
-    training_temperature = to_kelvin(frames.temperatures.max() if training_temperature is None else training_temperature)
+    hottest = frames.temperatures.max()
+    training_temperature = to_kelvin(hottest if training_temperature is None else training_temperature)
     stiff = q[kept][:, ~internals.circular]
     if len(stiff) < 2 * stiff.shape[1]:
-        raise ValueError(f"{len(stiff)} frames are too few for {stiff.shape[1]} stiff coordinates; give at least twice as many")
+        raise ValueError(
+            f"{len(stiff)} frames are too few for {stiff.shape[1]} stiff coordinates; give at least twice as many"
+        )
     tau = torch.tensor(frames.temperatures)[kept] / training_temperature
     mean = stiff.mean(0)
     scaled = (stiff - mean) / tau.sqrt()[:, None]
     values, vectors = torch.linalg.eigh(scaled.T @ scaled / len(scaled))
-    matrix = (vectors * values.clamp_min(1e-12 * values.max()).sqrt()) @ vectors.T  # symmetric: mixes as little as it can
+    # the symmetric root mixes coordinates as little as a root can
+    matrix = (vectors * values.clamp_min(1e-12 * values.max()).sqrt()) @ vectors.T
     seed = int(torch.randint(2**31, (1,), generator=generator))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

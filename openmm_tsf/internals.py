@@ -111,10 +111,10 @@ class FlatInternals(nn.Module):
         return self.chart.on_branch(self._measure(x)), x.new_zeros(len(x))
 
     def of_frames(self, positions: np.ndarray, *, tolerance: float = 0.05) -> tuple[Vectors, Mask]:
-        """Internals (frames, D) in double precision of many frames (frames, atoms, 3) [nm], and which are on the chart.
+        """Internals (frames, D), in double precision, of frames (frames, atoms, 3) [nm], and which are on the chart.
 
-        Frames off the chart belong to another isomer (a cis peptide bond, say); up to `tolerance` of them is reported in a
-        warning and left to the caller to drop.
+        Frames off the chart belong to another isomer (a cis peptide bond, say); a share of up to `tolerance` is
+        reported in a warning and left to the caller to drop.
 
         Raises:
             ValueError: more than that, with the reasons and counts.
@@ -123,7 +123,8 @@ class FlatInternals(nn.Module):
         q = torch.cat(parts) if parts else torch.empty(0, self.dim, dtype=torch.float64)
         inside = self.chart(q)
         if (n_off := int((~inside).sum())) > 0:
-            text = f"{n_off} of {len(q)} frames are another isomer than the reference structure ({self.chart.describe(q)})"
+            why = self.chart.describe(q)
+            text = f"{n_off} of {len(q)} frames are another isomer than the reference structure ({why})"
             if n_off > tolerance * len(q):
                 raise ValueError(f"{text}; give a molecule of the same isomer as the frames")
             warnings.warn(f"{text}; they are left out", stacklevel=2)
@@ -136,13 +137,13 @@ class FlatInternals(nn.Module):
         length2 = dot(step, step)[self.free_bonds]
         flat_r = length2 * length2.sqrt() / 3.0  # r**3/3 and -cos(theta) keep the volume element flat
         flat_angle = cos_angle(torch.cat((-step[:, :1], step[:, 2:]), 1), lever)
-        i, j, k, l = self.torsion_quartets.T  # noqa: E741
-        angle = torsion(step[:, 2:], lever[:, 1:], x[:, l] - x[:, k])
+        third, fourth = self.torsion_quartets.T[2:]
+        angle = torsion(step[:, 2:], lever[:, 1:], x[:, fourth] - x[:, third])
         angle = wrap(torch.where(self.follows, angle - angle[self.leaders], angle))
         return torch.cat((flat_r, flat_angle, angle)).T.contiguous()
 
     def forward(self, q: Vectors) -> tuple[Positions, Scalars]:
-        """Internals (batch, D) to positions (batch, atoms, 3) [nm], first root atom at the origin; log-determinant zero.
+        """Internals (batch, D) to positions (batch, atoms, 3) [nm]; log-determinant zero.
 
         Rows off the chart have no positions that count: NaN, or a wrong isomer. `chart(q)` tells them.
 
@@ -176,7 +177,7 @@ class FlatInternals(nn.Module):
         return bond[:, family] + a * e1[:, family] + b * e2[:, family] + c * normal[:, family]
 
     def log_constraint_factor(self, x: Positions) -> Scalars:
-        """ln det Zc / 2 of positions (batch, atoms, 3): what rigid bonds add to ln of the target; zero without constraints.
+        """ln det Zc / 2 of positions (batch, atoms, 3), which rigid bonds add to ln of the target; zero without them.
 
         Zc_ij = sum_k (1/m_k) grad_k sigma_i . grad_k sigma_j over the constraints sigma (Fixman's factor).
         """
@@ -194,9 +195,7 @@ class FlatInternals(nn.Module):
         return 0.5 * torch.linalg.slogdet(gradient @ gradient.mT)[1]
 
 
-def _constrained_lengths(
-    molecule: Molecule, zmatrix: ZMatrix, bonds: list[tuple[int, int]]
-) -> list[float | None]:
+def _constrained_lengths(molecule: Molecule, zmatrix: ZMatrix, bonds: list[tuple[int, int]]) -> list[float | None]:
     """Length [nm] of every z-matrix bond that is rigid, None where it is free."""
     rigid = {tuple(sorted(pair)): length for pair, length in molecule.constraints.items()}
     tree = {tuple(sorted(bond)) for bond in bonds}
@@ -204,8 +203,8 @@ def _constrained_lengths(
     if strange:
         names = ", ".join("-".join(zmatrix.labels[a] for a in pair) for pair in strange[:5])
         raise ValueError(
-            f"{len(strange)} constraints are not single bonds of the z-matrix ({names}); rigid water, constrained angles and "
-            "ring closures are not supported: build the System with constraints=None or HBonds"
+            f"{len(strange)} constraints are not single bonds of the z-matrix ({names}); rigid water, constrained "
+            "angles and ring closures are not supported: build the System with constraints=None or HBonds"
         )
     return [rigid.get(tuple(sorted(bond))) for bond in bonds]
 

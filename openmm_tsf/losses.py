@@ -12,21 +12,14 @@ from .typing import Energy, Scalars, Vectors
 from .units import kT
 
 
-def likelihood_loss(flow: Flow, q: Vectors, temperatures: Scalars, *, conditional: bool = False) -> Scalars:
-    """-ln q [nat] of frames given as flat internals (batch, D), each at its own temperature (batch,) [K]: (batch,).
-
-    With `conditional`, -ln q of everything else given the latent torsions: what frames can teach that were picked by
-    their torsions.
-    """
+def likelihood_loss(flow: Flow, q: Vectors, temperatures: Scalars) -> Scalars:
+    """-ln q [nat] of frames given as flat internals (batch, D), each at its own temperature (batch,) [K]: (batch,)."""
     loss = q.new_zeros(len(q))
     z, log_det = flow.transform.inverse(q)
     for temperature in temperatures.unique():
         mine = temperatures == temperature
         prior = flow.at(float(temperature)).prior
-        part = -prior.log_prob(z[mine]) - log_det[mine]
-        if conditional:
-            part = part + prior.log_prob_torsions(z[mine, flow.prior.n_stiff :])
-        loss = loss.masked_scatter(mine, part)
+        loss = loss.masked_scatter(mine, -prior.log_prob(z[mine]) - log_det[mine])
     return loss
 
 
@@ -57,11 +50,11 @@ def energy_loss(
 ) -> EnergyLoss:  # fmt: skip
     """ln q + U/kT of fresh draws at one temperature, to be made the same number everywhere.
 
-    Half of the draws come from q. The other half has its torsions from a flattened density (as if the torsions alone were
-    `flatten` times as hot), so that rare basins are trained too: given its torsions, a draw is right or wrong however
-    often those torsions come up. Stiff coordinates are differentiated through the draw. Torsions come from a rejection sampler,
-    which has no derivative; their density is moved by the deviation of ln q + u from its mean (the score-function gradient
-    of the relative entropy, and of the variance of the log-weights for the flattened half).
+    Half of the draws come from q. The other half has its pairs of torsions from a flattened density (as if these alone
+    were `flatten` times as hot), so that rare basins are trained too: given its torsions, a draw is right or wrong
+    however often those torsions come up. Stiff coordinates are differentiated through the draw. Torsions come from a
+    rejection sampler, which has no derivative; their density is moved by the deviation of ln q + u from its mean (the
+    score-function gradient of the relative entropy, and of the variance of the log-weights for the flattened half).
 
     Args:
         temperature: of the draws and of the target [K].

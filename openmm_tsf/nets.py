@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ class Conditioner(nn.Module):
         super().__init__()
         widths = [n_plain + 4 * n_angles, *[hidden] * depth]
         layers: list[nn.Module] = []
-        for a, b in zip(widths, widths[1:], strict=False):
+        for a, b in pairwise(widths):
             layers += [nn.Linear(a, b), nn.SiLU()]
         self.last = nn.Linear(widths[-1], n_out)
         nn.init.zeros_(self.last.weight)

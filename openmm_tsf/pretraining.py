@@ -1,14 +1,45 @@
-"""The torsion potentials of the prior, fitted to frames before anything else is trained."""
+"""What frames say directly, fitted before all is trained together: torsions, and stiff coordinates given them."""
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from torch import Tensor
 
+from .flow import Flow
 from .priors import MolecularPrior, TorusFactor
+from .transforms import LineCoupling
 
 SHRINK = 1e-4
 """Weight of the squared coefficients: keeps empty stretches of the circle from digging bottomless barriers."""
+
+
+STEPS, BATCH = 500, 2048
+"""Steps, and frames in each, of `fit_stiff`."""
+MOST_OFTEN = 30.0
+"""No frame is picked for it more often than this times the mean, however rare its torsions."""
+
+
+def pretrain(flow: Flow, q: Tensor, tau: Tensor, *, flatten: float, generator: torch.Generator) -> None:
+    """Fit the torsions, then the stiff coordinates given them, in place.
+
+    Args:
+        flow: an untrained flow.
+        q: (frames, D) internals.
+        tau: (frames,) temperature of each frame over the training temperature.
+        flatten: frames for the second fit are picked as if torsions were so many times as hot, to see every basin.
+        generator: of the picks.
+    """
+    torsions = q[:, flow.internals.circular].double()
+    exact = copy.deepcopy(flow.prior).double()
+    fit_torsions(exact, torsions, tau)
+    flow.prior.load_state_dict(exact.state_dict())
+    log_weights = (1.0 / flatten - 1.0) * exact.at(1.0).log_prob_torsions(torsions).detach()
+    weights = torch.exp(log_weights - log_weights.max())
+    total = weights.clamp(max=MOST_OFTEN * float(weights.mean())).cumsum(0)
+    picks = torch.rand(STEPS, BATCH, generator=generator, dtype=torch.float64) * total[-1]
+    fit_stiff(flow, q, tau, torch.searchsorted(total, picks).clamp(max=len(total) - 1))
 
 
 def fit_torsions(prior: MolecularPrior, torsions: Tensor, tau: Tensor, *, max_iterations: int = 200) -> None:
@@ -42,4 +73,32 @@ def _fit(factor: TorusFactor, angles: Tensor, tau: Tensor, max_iterations: int) 
         return value
 
     optimiser.step(loss)
+    optimiser.zero_grad()
+
+
+def fit_stiff(flow: Flow, q: Tensor, tau: Tensor, rows: Tensor) -> None:
+    """Means and widths of the stiff coordinates given the torsions: the first coupling and the entropies, in place.
+
+    Without it, rare basins begin as broad smears of the common one and stay so for long.
+
+    Args:
+        flow: with a first coupling that reads torsions alone; nothing happens where there is none.
+        q: (frames, D) internals.
+        tau: (frames,) temperature of each frame over the training temperature.
+        rows: (steps, batch) frames of each step.
+    """
+    first, standardise = flow.transform.transforms[0], flow.transform.transforms[-1]
+    if not isinstance(first, LineCoupling) or len(first.keep):
+        return
+    parameters = [*first.parameters(), *(p for f in flow.prior.factors for p in f.entropy.parameters())]
+    optimiser = torch.optim.Adam(parameters, lr=5e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, len(rows))
+    for batch in rows:
+        optimiser.zero_grad()
+        with torch.no_grad():
+            z, _ = standardise.inverse(q[batch])
+        z, _ = first.inverse(z)
+        flow.prior.stiff_loss(z, tau[batch]).mean().backward()
+        optimiser.step()
+        schedule.step()
     optimiser.zero_grad()

@@ -36,7 +36,7 @@ class TorusPotential(nn.Module):
             raise ValueError(f"potentials have 1 or 2 angles, not {dim}")
         self.dim, self.order = dim, order
         modes = [k for k in itertools.product(range(-order, order + 1), repeat=dim) if k > (0,) * dim]
-        self.register_buffer("modes", torch.tensor(modes, dtype=torch.long), persistent=False)
+        self.register_buffer("modes", torch.tensor(modes, dtype=torch.long).reshape(-1, dim), persistent=False)
         self.coefficients = nn.Parameter(torch.zeros(2, len(modes)))
 
     def features(self, angles: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class TorusFactor(nn.Module):
         return self.marginal.on_grid(derivative) / tau + (1.0 - 1.0 / tau) * self.entropy.on_grid(derivative)
 
     def log_z(self, tau: float) -> Tensor:
-        """ln of the integral of exp(-e/tau + s): trapezoid rule, which converges exponentially for periodic functions."""
+        """ln of the integral of exp(-e/tau + s); the trapezoid rule converges exponentially for periodic functions."""
         return self._on_grid(tau).flatten().logsumexp(0) + self.dim * math.log(TWO_PI / GRID[self.dim])
 
     @torch.no_grad()
@@ -99,7 +99,7 @@ class TorusFactor(nn.Module):
         """Exact draws (n, dim) [rad]: a cell-constant envelope and rejection."""
         envelope = self._envelope(tau)
         total = torch.cumsum(torch.exp(envelope - envelope.max()).double(), 0)
-        drawn: list[Tensor] = []
+        drawn = [envelope.new_zeros(0, self.dim)]
         while (have := sum(map(len, drawn))) < n:
             m = int(1.3 * (n - have)) + 64
             u = torch.rand(m, self.dim + 2, generator=generator, dtype=torch.float64, device=envelope.device)
@@ -156,6 +156,12 @@ class MolecularPrior(nn.Module):
         total = sum((f.entropy(a[:, g]) for f, g in zip(self.factors, self.groups, strict=True)), a.new_zeros(len(a)))
         return total[:, None] / max(self.n_stiff, 1)
 
+    def stiff_loss(self, z: Vectors, tau: Scalars | float) -> Scalars:
+        """-ln p(u | a) of latents (batch, D), each at its own tau, up to a constant: (batch,)."""
+        log_width = self.log_width(z[:, self.n_stiff :])[:, 0]
+        u = z[:, : self.n_stiff]
+        return 0.5 * (u * u).sum(1) * torch.exp(-2.0 * log_width) / tau + self.n_stiff * log_width
+
     def at(self, tau: float) -> SteeredPrior:
         """The density at temperature tau (in units of the reference temperature)."""
         if not (math.isfinite(tau) and tau > 0):
@@ -173,10 +179,8 @@ class SteeredPrior:
     def log_prob(self, z: Vectors) -> Scalars:
         """ln p(z) [nat] of latents (batch, D); the angles are taken modulo 2 pi."""
         p, tau = self.prior, self.tau
-        u, a = z[:, : p.n_stiff], z[:, p.n_stiff :]
-        log_width = p.log_width(a)[:, 0]
-        stiff = -0.5 * (u * u).sum(1) * torch.exp(-2.0 * log_width) / tau
-        return stiff - p.n_stiff * (0.5 * math.log(TWO_PI * tau) + log_width) + self.log_prob_torsions(a)
+        constant = 0.5 * p.n_stiff * math.log(TWO_PI * tau)
+        return self.log_prob_torsions(z[:, p.n_stiff :]) - p.stiff_loss(z, tau) - constant
 
     def log_prob_torsions(self, a: Vectors) -> Scalars:
         """ln of the marginal density [nat] of the torsions (batch, n_soft) alone."""
@@ -198,7 +202,7 @@ class SteeredPrior:
             a[:, group] = factor.sample(n, tau, generator=generator)
         return a
 
-    def complete(self, a: Vectors, *, generator: torch.Generator) -> Vectors:
+    def complete(self, a: Tensor, *, generator: torch.Generator) -> Vectors:
         """Latents (n, D) with the torsions given and stiff coordinates drawn for them."""
         p = self.prior
         noise = torch.randn(len(a), p.n_stiff, generator=generator, dtype=a.dtype, device=a.device)

@@ -62,7 +62,7 @@ def report_stage(run: Run, progress: Progress | None = None) -> None:
     target = ensembles[temperatures(run).index(run.config.sample.temperatures[0])]
     reference = analysis.reference_for(molecule)
     energy = open_energy(molecule, run.config.energy)
-    with run.working("report", progress, lambda: energy.n_evaluations) as report:
+    with run.working("report", progress, lambda: energy.n_evaluations, resumes=False) as report:
         report(0, 4, "figures of the ensembles")
         figures = analysis.metrics(ensembles[0], target, molecule, reference=reference, seed=seed)
         figures |= _other_targets(ensembles, target, molecule)

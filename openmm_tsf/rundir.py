@@ -62,7 +62,12 @@ class Run:
 
     @contextmanager
     def working(
-        self, stage: str, progress: Progress | None, evaluations: Callable[[], int] = lambda: 0
+        self,
+        stage: str,
+        progress: Progress | None,
+        evaluations: Callable[[], int] = lambda: 0,
+        *,
+        resumes: bool = True,
     ) -> Iterator[Progress]:
         """Account for the time and energy evaluations of a stage, over all its interruptions.
 
@@ -70,11 +75,15 @@ class Run:
             stage: begins now and is not done.
             progress: told of every step.
             evaluations: how many energies were evaluated since the block began.
+            resumes: whether the stage goes on where it was interrupted, or begins anew and so does its account.
 
         Yields:
             A progress function to use in the block; the account is written every 15 s, so that a kill loses little.
         """
-        before, begin, saved = self.record(stage), time.monotonic(), time.monotonic()
+        before, begin = self.record(stage), time.monotonic()
+        if before.get("done") or not resumes:
+            before = {}
+        saved = begin
 
         def save() -> None:
             self.update(

@@ -7,17 +7,15 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from . import __version__
 from .analysis import alpha_left, phi_psi
-from .checkpoint import flow_info, load_flow, pretrained
+from .checkpoint import flow_info, load_flow, pretrained_path
 from .energy import OpenMMEnergy
 from .energy.platforms import available_platforms, n_cores
 from .ensemble import Ensemble, draw
-from .flow import Flow
 from .stages import ensemble_name, save_frames
 from .systems import Molecule
 
@@ -26,15 +24,14 @@ FRAME_FORMATS = (".dcd", ".xtc", ".trr", ".nc", ".pdb", ".gro", ".xyz")
 SHOWN_VERSIONS = ("torch", "openmm", "openmmtools", "mdtraj", "nglview", "numpy")
 
 
-def open_flow(source: str) -> Flow:
-    """A flow from a checkpoint, a run directory or a pretrained name.
+def flow_path(source: str) -> Path:
+    """The checkpoint that a path to it, a run directory or a pretrained name means.
 
     Raises:
-        ValueError: the file is no checkpoint, or there is no file or flow of that name.
-        OSError: the file cannot be read.
+        ValueError: there is no file or flow of that name.
     """
     path = Path(source)
-    return load_flow(path / "flow.tsf" if path.is_dir() else path) if path.exists() else pretrained(source)
+    return (path / "flow.tsf" if path.is_dir() else path) if path.exists() else pretrained_path(source)
 
 
 def sample_to_file(
@@ -44,7 +41,7 @@ def sample_to_file(
     """Draw an ensemble and write it; everything that can go wrong with the file is tried before the work is done.
 
     Args:
-        source: as in `open_flow`.
+        source: as in `flow_path`.
         temperature: of the ensemble [K].
         n: number of draws.
         out: file; its ending says what is written. By default ensemble_<T>K.npz in the present folder.
@@ -58,7 +55,7 @@ def sample_to_file(
     """
     out = Path(f"{ensemble_name(temperature)}.npz") if out is None else out
     _check_target(out)
-    flow = open_flow(source)
+    flow = load_flow(flow_path(source))
     energy = OpenMMEnergy(flow.molecule.system, platform)
     generator = torch.Generator().manual_seed(seed)
     begin = time.perf_counter()
@@ -91,22 +88,29 @@ def figures(ensemble: Ensemble, molecule: Molecule) -> dict[str, str]:
     return rows
 
 
-def describe_flow(source: str) -> tuple[str, dict[str, str]]:
-    """Title and rows: what a checkpoint says about itself."""
-    path = Path(source)
-    path = path / "flow.tsf" if path.is_dir() else path
-    content = flow_info(path if path.exists() else source)
-    return source, {key: _short(value) for key, value in content.items()}
+def describe_flow(source: str) -> tuple[str, dict[str, str], str]:
+    """Title, rows and z-matrix: what a checkpoint says about itself."""
+    path = flow_path(source)
+    facts = flow_info(path)
+    rows = {
+        "molecule": facts["molecule"],
+        "trained at": f"{facts['training_temperature']:g} K",
+        "numbers": f"{facts['n_numbers']:,}",
+        **{name: ", ".join(f"{k} {v}" for k, v in facts[name].items()) for name in ("settings", "extra", "versions")},
+        "sha256": facts["sha256"],
+        "format": facts["format"],
+    }
+    return str(path), rows, f"internal coordinates\n{load_flow(path).zmatrix}"
 
 
-def describe_machine() -> tuple[str, dict[str, str]]:
-    """Title and rows: versions, OpenMM platforms, cores and devices."""
+def describe_machine() -> tuple[str, dict[str, str], str]:
+    """Title, rows and nothing more: versions, OpenMM platforms, cores and devices."""
     rows = {"openmm-tsf": __version__, **{name: _version(name) for name in SHOWN_VERSIONS}}
     rows["OpenMM platforms"] = ", ".join(available_platforms())
     rows["cores"] = str(n_cores())
     gpu = torch.cuda.is_available()
     rows["CUDA in torch"] = torch.cuda.get_device_name() if gpu else "none"
-    return "openmm-tsf", rows
+    return "openmm-tsf", rows, ""
 
 
 def _check_target(out: Path) -> None:
@@ -123,8 +127,3 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _short(value: Any, width: int = 300) -> str:
-    text = str(value)
-    return text if len(text) <= width else f"{text[:width]} ... ({len(text)} characters)"

@@ -171,13 +171,12 @@ def _ensemble_done(run: Run, temperature: float) -> bool:
 def _draw_one(run: Run, flow: Flow, energy: OpenMMEnergy, temperature: float, progress: Progress | None) -> None:
     stage, name, n = f"sample {temperature:g} K", ensemble_name(temperature), run.config.sample.n
     generator = torch.Generator().manual_seed(stage_seed(run.config.seed, stage))
-    run.update(stage, seconds=0.0, n_energy_evaluations=0)
     before = energy.n_evaluations
 
     def labelled(done: int, total: int, message: str) -> None:
         report(done, total, f"{temperature:g} K, {message}")
 
-    with run.working(stage, progress, lambda: energy.n_evaluations - before) as report:
+    with run.working(stage, progress, lambda: energy.n_evaluations - before, resumes=False) as report:
         ensemble = draw(flow, energy, temperature=temperature, n=n, generator=generator, progress=labelled)
         ensemble.save(run.path / f"{name}.npz")
         if temperature in run.config.sample.temperatures:

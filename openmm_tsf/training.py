@@ -15,7 +15,7 @@ from torch import Tensor
 from .files import whole, write_text
 from .flow import Flow
 from .losses import energy_loss, likelihood_loss
-from .pretraining import fit_torsions
+from .pretraining import pretrain
 from .trajectories import Frames
 from .typing import Energy
 from .units import kT
@@ -28,8 +28,6 @@ HEADROOM = 20.0
 
 RECENT = 64
 """Steps whose draws make up the ESS and the energy loss that training reports and judges itself by."""
-MOST_OFTEN = 30.0
-"""No frame is picked more often than this times the mean, however rare its torsions."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,8 @@ class TrainingSettings:
         steps: number of optimiser steps.
         batch_frames: frames in a step.
         batch_draws: draws in a step, each costing one energy and its forces.
-        flatten: half of the frames and half of the draws of a step have their torsions from a density flattened as if
-            torsions were so many times as hot, so that rare basins are learnt as well as common ones; 1 for none of it.
+        flatten: half of the draws of a step have their torsions from a density flattened as if pairs of torsions were
+            so many times as hot, so that rare basins are learnt as well as common ones; 1 for none of it.
         energy_weight: final weight of the energy loss; the likelihood has the rest.
         ramp_start, ramp_end: share of the steps where the energy weight starts to rise and where it is full.
         learning_rate: largest of the one-cycle schedule (AdamW).
@@ -49,19 +47,19 @@ class TrainingSettings:
         clip: largest norm of the gradient.
         held_out: share of the frames, the latest in time, that never trains.
         evaluate_every: steps between evaluations of the held-out frames.
-        patience: evaluations without a better score after which training stops; the score is the held-out nll and the recent
-            energy loss, weighted as in training.
+        patience: evaluations without a better score after which training stops; the score is the held-out nll and the
+            recent energy loss, weighted as in training.
         checkpoint_every: steps between checkpoints.
     """
 
     steps: int = 3000
     batch_frames: int = 512
     batch_draws: int = 256
-    flatten: float = 3.0
+    flatten: float = 2.0
     energy_weight: float = 0.5
     ramp_start: float = 0.1
     ramp_end: float = 0.4
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     weight_average: float = 0.99
     clip: float = 10.0
     held_out: float = 0.1
@@ -148,9 +146,8 @@ class _Trainer:
         self.best = (math.inf, copy.deepcopy(self.flow.state_dict()))
         self.log_weights: list[Tensor] = []
         self.recent: list[float] = []
-        self.identity = json.dumps(
-            {"seed": seed, "frames": len(frames.positions), "temperature": flow.training_temperature, **asdict(settings)}
-        )
+        facts = {"seed": seed, "frames": len(frames.positions), "temperature": flow.training_temperature}
+        self.identity = json.dumps({**facts, **asdict(settings)})
         self.start = self._highest_energy(early) + HEADROOM
 
     def _highest_energy(self, frames: Frames) -> float:
@@ -162,7 +159,7 @@ class _Trainer:
     def run(self, progress: Progress) -> History:
         settings = self.settings
         if self.step == 0:
-            self._fit_prior()
+            self._pretrain()
         while self.step < settings.steps and not self.history.stopped_early:
             self._step()
             if self.step % settings.evaluate_every == 0 or self.step == settings.steps:
@@ -174,25 +171,19 @@ class _Trainer:
         self.target.load_state_dict(self.best[1])
         return self.history
 
-    def _fit_prior(self) -> None:
-        torsions = self.q[:, self.target.internals.circular]
-        prior = copy.deepcopy(self.target.prior)
-        fit_torsions(prior, torsions, self.temperatures / self.target.training_temperature)
+    def _pretrain(self) -> None:
+        start = copy.deepcopy(self.flow)
+        tau = self.temperatures / self.target.training_temperature
+        pretrain(start, self.q, tau, flatten=self.settings.flatten, generator=self.generator)
         for flow in (self.flow, self.average):
-            flow.prior.load_state_dict(prior.state_dict())
-        self.picks = self._flattened(prior.at(1.0).log_prob_torsions(torsions.double()))
-
-    def _flattened(self, log_density: Tensor) -> Tensor:
-        """Running sum of the weights with which frames are picked so that their torsions have the flattened density."""
-        log_weights = (1.0 / self.settings.flatten - 1.0) * log_density.detach()
-        weights = torch.exp(log_weights - log_weights.max())
-        return weights.clamp(max=MOST_OFTEN * float(weights.mean())).cumsum(0)
+            flow.load_state_dict(start.state_dict())
 
     def _step(self) -> None:
         settings = self.settings
         weight = self._weight()
-        loss, surrogate = self._likelihood()
-        total = (1.0 - weight) * surrogate
+        rows = torch.randint(len(self.q), (settings.batch_frames,), generator=self.generator)
+        loss = likelihood_loss(self.flow, self.q[rows], self.temperatures[rows]).mean()
+        total = (1.0 - weight) * loss
         if weight > 0.0:
             drawn = energy_loss(
                 self.flow, self.energy, self.flow.training_temperature, settings.batch_draws,
@@ -213,23 +204,8 @@ class _Trainer:
         self.optimiser.step()
         self.schedule.step()
         self.step += 1
-        self.losses["loss"] = loss
+        self.losses["loss"] = float(loss.detach())
         self._average()
-
-    def _likelihood(self) -> tuple[float, Tensor]:
-        """-ln q of frames as they come [nat], and the mean of that and of the conditional one of frames of all basins."""
-        n = self.settings.batch_frames
-        rows = torch.randint(len(self.q), (n - n // 2,), generator=self.generator)
-        loss = likelihood_loss(self.flow, self.q[rows], self.temperatures[rows]).mean()
-        import os
-        if os.environ.get("NOFLATL"):
-            rows = torch.randint(len(self.q), (n,), generator=self.generator)
-            l = likelihood_loss(self.flow, self.q[rows], self.temperatures[rows]).mean()
-            return float(l.detach()), l
-        picks = torch.rand(n // 2, generator=self.generator, dtype=torch.float64) * self.picks[-1]
-        rows = torch.searchsorted(self.picks, picks).clamp(max=len(self.q) - 1)
-        flat = likelihood_loss(self.flow, self.q[rows], self.temperatures[rows], conditional=True).mean()
-        return float(loss.detach()), 0.5 * (loss + flat)
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -246,7 +222,7 @@ class _Trainer:
         row = {"step": self.step, **self.losses, "held_out_nll": nll, "ess_train": float(ess), "learning_rate": rate}
         self.history.rows.append(row)
         score = self._score(nll)
-        if score < self.best[0]:
+        if score < self.best[0] or math.isinf(score):
             self.best = (score, copy.deepcopy(self.average.state_dict()))
             self.history.best_step = self.step
         elif self.step - self.history.best_step >= self.settings.patience * self.settings.evaluate_every:
@@ -277,7 +253,7 @@ class _Trainer:
             "identity": self.identity, "step": self.step, "flow": self.flow.state_dict(),
             "average": self.average.state_dict(), "optimiser": self.optimiser.state_dict(),
             "schedule": self.schedule.state_dict(), "generator": self.generator.get_state(), "best": self.best,
-            "picks": self.picks, "log_weights": self.log_weights,
+            "log_weights": self.log_weights,
             "recent": self.recent, "losses": self.losses, "history": asdict(self.history),
         }  # fmt: skip
         with whole(self.directory / "training_state.pt") as temporary:
@@ -294,14 +270,16 @@ class _Trainer:
         except Exception as error:
             raise ValueError(f"{path} is not a training checkpoint ({error}); delete it to start again") from error
         if state["identity"] != self.identity:
-            raise ValueError(f"{path} belongs to a run with other settings or frames; use another directory or delete it")
+            raise ValueError(
+                f"{path} belongs to a run with other settings or frames; use another directory or delete it"
+            )
         self.flow.load_state_dict(state["flow"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load_state_dict(state["schedule"])
         self.generator.set_state(state["generator"])
         self.step, self.best, self.log_weights = state["step"], tuple(state["best"]), state["log_weights"]
-        self.picks, self.recent, self.losses = state["picks"], state["recent"], state["losses"]
+        self.recent, self.losses = state["recent"], state["losses"]
         self.history = History(**state["history"])
 
 

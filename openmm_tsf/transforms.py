@@ -41,7 +41,7 @@ class LineCoupling(nn.Module):
     """Some stiff coordinates scaled and shifted, given the other stiff ones and all torsions.
 
     y_i = u_i exp(g_i - mean g) + t_i: volume preserving, because the log-scales sum to zero (Dibak, Klein, Noe,
-    arXiv 2012.00429). With `volume_preserving=False` the mean stays and the map is plain real-NVP, which does not steer.
+    arXiv 2012.00429). With `volume_preserving=False` the mean stays: plain real-NVP, which does not steer.
 
     Args:
         n_stiff, n_soft: sizes of u and a.

@@ -13,7 +13,7 @@ BOLTZMANN = 0.00831446261815324
 """Molar gas constant, kJ/mol/K (CODATA 2018, exact; the value OpenMM uses)."""
 
 
-def kT(temperature: Any) -> Any:  # noqa: N802 - the field's own symbol
+def kT(temperature: Any) -> Any:
     """Thermal energy [kJ/mol] of a temperature [K] (number, array or tensor)."""
     return BOLTZMANN * temperature
 

@@ -101,8 +101,7 @@ class Walkers:
         def work(index: int, _job: int, _stop: Event) -> None:
             context = self._context(index)
             context.setPositions(np.array(self._molecule.positions))
-            openmm.LocalEnergyMinimizer.minimize(context)
-            context.applyConstraints(1e-7)
+            openmm.LocalEnergyMinimizer.minimize(context)  # ends on the constraints
             for walker in range(self._plan.n_walkers):
                 context.setVelocitiesToTemperature(self._plan.temperature, _seed(self._plan.seed, walker, 0))
                 state.positions[walker], state.velocities[walker] = _positions(context), _velocities(context)

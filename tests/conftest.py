@@ -65,7 +65,7 @@ entropy_order = 1
 [train]
 steps = 40
 batch_frames = 64
-batch_draws = 16
+batch_draws = 8
 evaluate_every = 10
 checkpoint_every = 10
 [sample]

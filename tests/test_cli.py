@@ -218,7 +218,8 @@ def test_info(copied):
     assert "OpenMM platforms" in result.stdout and "Reference" in result.stdout and __version__ in result.stdout
     result = invoke("info", copied)
     assert result.exit_code == 0, result.output
-    assert "alanine-dipeptide-ff96-obc1" in result.stdout and "600" in result.stdout
+    for words in ("alanine-dipeptide-ff96-obc1", "600 K", "blocks 1", "sha256", "ALA2-CB"):
+        assert words in result.stdout
 
 
 # --- interruptions and full disks -------------------------------------------------------------------------------------

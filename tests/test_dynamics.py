@@ -200,7 +200,7 @@ def test_ctrl_c_stops_at_once_within_a_segment(tmp_path):
     process.stdout.readline()
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert "KeyboardInterrupt" in errors
     assert int(np.load(tmp_path / "simulation.npz")["row"]) == 0
 
@@ -333,6 +333,33 @@ def test_constraints_hold_and_the_default_step_is_longer(tmp_path):
     assert np.linalg.norm(x[:, i] - x[:, j], axis=-1).std(axis=0).min() > 1e-3
     state = str(np.load(tmp_path / "simulation.npz")["settings"])
     assert '"timestep_fs": 2.0' in state
+
+
+def test_walkers_start_apart_and_on_the_constraints(tmp_path):
+    molecule = alanine_dipeptide("vacuum", constraints="HBonds")
+    with pytest.raises(KeyboardInterrupt):
+        simulate(molecule, directory=tmp_path, progress=stop_after(1), **{**SHORT, "n_walkers": 30})
+    state = np.load(tmp_path / "simulation.npz")
+    x, v = state["positions"], state["velocities"]
+    i, j = np.array(list(molecule.constraints)).T
+    bonds = x[:, i] - x[:, j]
+    assert np.linalg.norm(bonds, axis=-1) == pytest.approx(
+        np.tile(list(molecule.constraints.values()), (30, 1)), rel=1e-6
+    )
+    assert np.abs(((v[:, i] - v[:, j]) * bonds).sum(axis=-1)).max() < 1e-5
+    assert np.abs(np.diff(v, axis=0)).max(axis=(1, 2)).min() > 0.1
+    n_free = 3 * 22 - len(molecule.constraints)
+    kinetic = 0.5 * (molecule.masses[:, None] * v**2).sum(axis=(1, 2))
+    assert kinetic.mean() == pytest.approx(n_free * kT(600.0) / 2, rel=4 * np.sqrt(2 / n_free / 30))
+
+
+def test_frames_are_as_far_apart_in_time_as_asked(tmp_path):
+    """Without friction the centre of mass flies freely."""
+    settings = {**SHORT, "friction_per_ps": 1e-9, "platform": "Reference", "timestep_fs": 0.5}
+    frames = simulate(triangle(), directory=tmp_path, **settings)
+    centres = frames.positions.astype(np.float64).mean(axis=1).reshape(-1, 3, 3)
+    velocity = np.load(tmp_path / "simulation.npz")["velocities"].mean(axis=1)
+    assert np.diff(centres, axis=0) == pytest.approx(np.tile(velocity * 0.020, (19, 1, 1)), rel=1e-2, abs=1e-5)
 
 
 @pytest.mark.parametrize("constrained", [False, True])

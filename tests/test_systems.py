@@ -138,6 +138,14 @@ def test_from_pdb_and_force_field(ala2, pdb):
     assert len(Molecule.from_files(pdb, force_field="amber99sbildn.xml", constraints=app.HBonds).constraints) == 12
 
 
+def test_a_box_in_the_file_alone_says_nothing(pdb, tmp_path):
+    boxed = tmp_path / "boxed.pdb"
+    boxed.write_text("CRYST1   30.000   30.000   30.000  90.00  90.00  90.00 P 1           1\n" + pdb.read_text())
+    assert app.PDBFile(str(boxed)).topology.getPeriodicBoxVectors() is not None
+    molecule = Molecule.from_files(boxed, force_field="amber99sbildn.xml")
+    assert molecule.topology.getPeriodicBoxVectors() is None
+
+
 def test_from_pdb_and_system_xml(ala2, pdb, tmp_path):
     xml = tmp_path / "system.xml"
     xml.write_text(openmm.XmlSerializer.serialize(ala2.system))
