@@ -1,7 +1,7 @@
 """A weighted 300 K ensemble from the flow that ships with the package, and what it says.
 
-    python examples/draw.py            # 20,000 draws, some seconds
-    python examples/draw.py -n 2000
+python examples/draw.py            # 20,000 draws, some seconds
+python examples/draw.py -n 2000
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """From a PDB file to a weighted ensemble in Python: simulate, build, train, draw. Small settings, about a minute.
 
-    python examples/own_molecule.py
-    python examples/own_molecule.py --pdb mine.pdb --steps 2000 --frames 100000
+python examples/own_molecule.py
+python examples/own_molecule.py --pdb mine.pdb --steps 2000 --frames 100000
 """
 
 import argparse

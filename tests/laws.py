@@ -33,7 +33,7 @@ def jacobians(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
 
 def difference(a: Tensor, b: Tensor, circular: Tensor | None = None) -> float:
     """Largest |a - b|, around the circle in the columns that live on one."""
-    delta = a - b
+    delta = (a - b).detach()
     if circular is not None:
         delta = torch.where(circular, wrap(delta), delta)
     return float(delta.abs().max())

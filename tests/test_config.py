@@ -27,6 +27,10 @@ def test_examples_are_valid(path):
     assert load_config(path).sample.n >= 1
 
 
+def test_the_example_of_the_main_job_is_the_defaults():
+    assert load_config(EXAMPLES / "ala2.toml") == Config()
+
+
 def test_time_step_follows_the_constraints():
     assert parse_config({}).simulate.timestep_fs == 1.0
     assert parse_config({"molecule": {"constraints": "HBonds"}}).simulate.timestep_fs == 2.0

@@ -20,13 +20,14 @@ def randomise(module: torch.nn.Module, size: float, seed: int) -> None:
             falloff = 1.0 / (1.0 + (potential.modes**2).sum(-1))
             noise = torch.randn(potential.coefficients.shape, generator=g)
             potential.coefficients.data = size * falloff * noise
+    module.requires_grad_(False)
 
 
 def random_factor(dim: int, *, energy: float = 3.0, entropy: float = 1.0, seed: int = 11) -> TorusFactor:
     factor = TorusFactor(dim, 4, 2)
     randomise(factor.marginal, energy, seed)
     randomise(factor.entropy, entropy, seed + 1)
-    return factor.requires_grad_(False)
+    return factor
 
 
 def random_prior(n_stiff: int, groups, *, seed: int = 5, entropy_order: int = 2) -> MolecularPrior:
@@ -34,7 +35,7 @@ def random_prior(n_stiff: int, groups, *, seed: int = 5, entropy_order: int = 2)
     for factor in prior.factors:
         randomise(factor.marginal, 2.0, seed)
         randomise(factor.entropy, 0.4, seed + 1)
-    return prior.requires_grad_(False)
+    return prior
 
 
 def factor_log_prob(factor: TorusFactor, tau: float):
@@ -55,7 +56,6 @@ def test_potentials_are_the_series_that_they_say(dim, generator):
     assert not {tuple(m) for m in modes} & {tuple(-k for k in m) for m in modes}
     a = laws.TWO_PI * torch.rand(20, dim, generator=generator)
     alpha, beta = potential.coefficients
-    potential.requires_grad_(False)
     series = sum(
         alpha[i] * torch.cos(a @ torch.tensor(m, dtype=a.dtype))
         + beta[i] * torch.sin(a @ torch.tensor(m, dtype=a.dtype))
@@ -67,7 +67,7 @@ def test_potentials_are_the_series_that_they_say(dim, generator):
 
 @pytest.mark.parametrize("dim", [1, 2])
 def test_values_and_slopes_on_the_grid_are_those_of_the_series(dim):
-    potential = TorusPotential(dim, 3).requires_grad_(False)
+    potential = TorusPotential(dim, 3)
     randomise(potential, 1.0, 2)
     axis = torch.arange(GRID[dim]) * (laws.TWO_PI / GRID[dim])
     points = torch.cartesian_prod(*[axis] * dim).reshape(-1, dim)
@@ -277,7 +277,7 @@ def test_an_entropy_that_the_widths_do_not_carry_breaks_that(generator):
 
 def test_basins_gain_entropy_on_heating():
     """Two wells of equal depth and unequal width of the stiff coordinates: populations at any tau follow exp(s)."""
-    factor = TorusFactor(1, 2, 1)
+    factor = TorusFactor(1, 2, 1).requires_grad_(False)
     prior = MolecularPrior(6, [(0,)], energy_order=2, entropy_order=1)
     prior.factors[0] = factor
     factor.entropy.coefficients.data[0, 0] = 0.8  # s = 0.8 cos a
