@@ -199,6 +199,7 @@ def _plain_metrics(name: str, ensemble: Ensemble, seed: int) -> dict[str, Any]:
         f"temperature_{name}_kelvin": ensemble.temperature,
         f"n_draws_{name}": len(ensemble),
         f"n_rejected_{name}": ensemble.n_rejected,
+        f"explore_share_{name}": ensemble.explore,
         f"n_infinite_energy_{name}": int(torch.isinf(ensemble.energy).sum()),
         f"ess_{name}": ensemble.ess,
         f"largest_weight_share_{name}": ensemble.largest_weight_share,

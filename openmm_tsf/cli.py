@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs, so that --help answers at once.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 def main() -> None:
     """Entry point of the console script."""
+    # the batches are small: more threads than one only wait for each other, and for whatever else the machine does
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     app(prog_name="openmm-tsf")
 
 
@@ -172,6 +175,9 @@ def sample(
     at: Annotated[
         float | None, typer.Option(callback=_kelvin, help="Run the flow at this temperature, K, and reweight.")
     ] = None,
+    explore: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="Share of the draws spread over all basins, for rare ones.")
+    ] = 0.1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 1,
     platform: Annotated[str | None, typer.Option(help="OpenMM platform: CUDA, OpenCL, CPU, Reference.")] = None,
     debug: Debug = False,
@@ -188,7 +194,7 @@ def sample(
 
     with Bar("sample") as bar:
         rows, path = sample_to_file(
-            source, temperature, n=n, out=out, at=at, seed=seed, platform=platform, progress=bar
+            source, temperature, n=n, out=out, at=at, explore=explore, seed=seed, platform=platform, progress=bar
         )
     table(f"{path} at {temperature:g} K", rows)
 

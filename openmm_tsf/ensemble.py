@@ -25,6 +25,7 @@ from .typing import Energy
 from .units import kT, to_kelvin
 
 FORMAT = "openmm-tsf ensemble 1"
+PLAIN = ("temperature", "sampling_temperature", "n_rejected", "explore")
 LEAST_ESS = 0.01
 LARGEST_SHARE = 0.1
 FEWEST_VALID = 1e-3
@@ -45,6 +46,7 @@ class Ensemble:
         n_rejected: draws off the flow's chart on the way to these N; they count as zero weights.
         log_factor: (N,) [nat], ln c; zeros by default.
         sampling_temperature: [K] the flow ran at; by default `temperature`.
+        explore: share of the draws that the flow spread over all basins; `log_prob` has it in, raw shares show it.
 
     Raises:
         ValueError: shapes that do not fit, NaN or -inf energies, densities not finite, temperatures not above 0.
@@ -58,6 +60,7 @@ class Ensemble:
     n_rejected: int = 0
     log_factor: Tensor | None = None
     sampling_temperature: Any = None
+    explore: float = 0.0
 
     def __post_init__(self) -> None:
         positions = _on_cpu(self.positions)
@@ -69,6 +72,7 @@ class Ensemble:
             "temperature": to_kelvin(self.temperature),
             "n_rejected": int(self.n_rejected),
             "sampling_temperature": to_kelvin(sampling),
+            "explore": float(self.explore),
         }
         if values["n_rejected"] < 0:
             raise ValueError(f"n_rejected cannot be negative, got {self.n_rejected}")
@@ -157,7 +161,7 @@ class Ensemble:
         """Write an npz file, whole or not at all (a temporary file beside it is renamed when complete).
 
         Keys: positions [nm] (float32), energy [kJ/mol], log_prob, log_weight, log_factor [nat], temperature,
-        sampling_temperature [K], n_rejected, format.
+        sampling_temperature [K], n_rejected, explore, format.
         """
         write_npz(
             path,
@@ -181,7 +185,7 @@ class Ensemble:
         if str(data["format"]) != FORMAT:
             raise ValueError(f"{path} has format {str(data['format'])!r}; this version reads {FORMAT!r}")
         try:
-            columns = {name: data.pop(name).item() for name in ("temperature", "sampling_temperature", "n_rejected")}
+            columns = {name: data.pop(name).item() for name in PLAIN}
             columns |= {field.name: torch.from_numpy(data[field.name]) for field in fields(cls) if field.name in data}
             ensemble = cls(**columns)
         except (TypeError, ValueError) as error:
@@ -219,6 +223,7 @@ def draw(
     n: int,
     generator: torch.Generator,
     at: Any = None,
+    explore: float = 0.0,
     chunk: int = 4096,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Ensemble:
@@ -232,6 +237,7 @@ def draw(
         n: valid draws wanted; the rejected ones on the way are counted.
         generator: of the draws.
         at: temperature the flow runs at [K]; by default `temperature`.
+        explore: share of the draws spread over all basins, for the sake of rare ones; see `SteeredFlow.exploring`.
         chunk: most draws, and energies, in one batch.
         progress: called as progress(done, n, message) after each batch.
 
@@ -246,7 +252,7 @@ def draw(
         raise ValueError(f"draws a positive number of configurations, not {n}")
     target = to_kelvin(temperature)
     sampling = target if at is None else to_kelvin(at)
-    steered = flow.at(sampling)
+    steered = flow.at(sampling).exploring(explore) if explore else flow.at(sampling)
     columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     done = n_rejected = 0
     with torch.no_grad():
@@ -261,7 +267,7 @@ def draw(
             if progress is not None:
                 progress(done, n, f"{n_rejected} rejected")
     x, energies, log_prob, log_factor = (torch.cat(parts) for parts in zip(*columns, strict=True))
-    ensemble = Ensemble(x, energies, log_prob, target, n_rejected, log_factor, sampling)
+    ensemble = Ensemble(x, energies, log_prob, target, n_rejected, log_factor, sampling, explore)
     message = out_of_reach(ensemble, getattr(flow, "training_temperature", None))
     if message is not None:
         warnings.warn(message, stacklevel=2)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,9 +79,9 @@ class Flow(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        return self.prior.like.dtype
 
-    def at(self, temperature: float) -> SteeredFlow:
+    def at(self, temperature: Any) -> SteeredFlow:
         """The density at a temperature [K, or a Quantity].
 
         Raises:
@@ -100,15 +101,31 @@ class SteeredFlow:
     """A `Flow` at one temperature [K]: draws positions [nm] and scores any frame [nat].
 
     log_prob is the density in flat internals, which is the Cartesian one with rigid motions integrated out.
+
+    Attributes:
+        explore: share of the draws whose backbone torsions come from a hotter density, see `exploring`.
     """
 
     flow: Flow
     temperature: float
+    explore: float = 0.0
+
+    def exploring(self, share: float) -> SteeredFlow:
+        """The same density with a share of the draws spread over all basins of the backbone.
+
+        It is scored as such, so weights are as exact as before. A basin that holds 0.1 % of the molecule then gets
+        enough draws for an error worth having; the others pay with about that share of their ESS.
+
+        Raises:
+            ValueError: the share is not in 0 <= share < 1.
+        """
+        self.flow.prior.at(1.0, explore=share)
+        return replace(self, explore=share)
 
     @property
     def prior(self) -> SteeredPrior:
         """The latent density at this temperature."""
-        return self.flow.prior.at(self.temperature / self.flow.training_temperature)
+        return self.flow.prior.at(self.temperature / self.flow.training_temperature, explore=self.explore)
 
     def log_prob(self, x: Positions) -> Scalars:
         """ln q(x) [nat] of positions (batch, atoms, 3) [nm]; -inf off the chart. Rigid motions do not matter.
@@ -174,7 +191,7 @@ class SteeredFlow:
 
 def build_flow(
     molecule: Molecule, frames: Frames, settings: FlowSettings | None = None, *,
-    training_temperature: float | None = None, zmatrix: ZMatrix | None = None, generator: torch.Generator,
+    training_temperature: Any = None, zmatrix: ZMatrix | None = None, generator: torch.Generator,
 ) -> Flow:  # fmt: skip
     """An untrained flow whose stiff coordinates have the mean and covariance of the frames given.
 
@@ -182,7 +199,7 @@ def build_flow(
         molecule: the molecule.
         frames: of the molecule, each with its temperature.
         settings: the architecture.
-        training_temperature: the temperature [K] that is tau = 1; by default the highest of the frames.
+        training_temperature: the temperature [K, or a Quantity] that is tau = 1; by default the highest of the frames.
         zmatrix: another z-matrix than the automatic one.
         generator: source of the starting weights.
 

@@ -67,12 +67,15 @@ def energy_loss(
     """
     prior = flow.at(temperature).prior
     n_own = n - n // 2
-    torsions = [prior.sample_torsions(m, flatten=f, generator=generator) for m, f in ((n_own, 1.0), (n // 2, flatten))]
+    torsions = [prior.sample_torsions(m, warmth=f, generator=generator) for m, f in ((n_own, 1.0), (n // 2, flatten))]
     z = prior.complete(torch.cat(torsions), generator=generator)
     q, log_det = flow.transform(z)
     rows = torch.nonzero(flow.internals.chart(q.detach()))[:, 0]
-    u = energy(flow.internals(q[rows])[0]) / kT(temperature)
+    x = flow.internals(q[rows])[0]
+    u = energy(x) / kT(temperature)
     finite = torch.isfinite(u.detach())
+    if x.requires_grad:  # a slope that is no number would survive its weight of zero
+        x.register_hook(lambda slope: torch.where(finite[:, None, None], slope, 0.0))
     rows, u = rows[finite], u[finite]
     if not len(rows):
         raise RuntimeError(f"none of {n} draws has a finite energy at {temperature:g} K")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from .typing import Scalars, Vectors
 
 GRID = {1: 512, 2: 128}
 """Quadrature points along each side of the circle or torus."""
+WARMER = 4.0
+"""How much hotter the backbone torsions of exploring draws are."""
 
 
 class TorusPotential(nn.Module):
@@ -162,19 +164,32 @@ class MolecularPrior(nn.Module):
         u = z[:, : self.n_stiff]
         return 0.5 * (u * u).sum(1) * torch.exp(-2.0 * log_width) / tau + self.n_stiff * log_width
 
-    def at(self, tau: float) -> SteeredPrior:
-        """The density at temperature tau (in units of the reference temperature)."""
+    def at(self, tau: float, *, explore: float = 0.0) -> SteeredPrior:
+        """The density at temperature tau (in units of the reference temperature); see `SteeredPrior` for `explore`.
+
+        Raises:
+            ValueError: tau is not above zero, or the share not in 0 <= explore < 1.
+        """
         if not (math.isfinite(tau) and tau > 0):
             raise ValueError(f"tau must be finite and above 0, not {tau:g}")
-        return SteeredPrior(self, float(tau))
+        if not 0.0 <= explore < 1.0:
+            raise ValueError(f"the share of exploring draws must be in 0 ... 1, not {explore:g}")
+        return SteeredPrior(self, float(tau), explore)
 
 
 @dataclass(frozen=True)
 class SteeredPrior:
-    """A `MolecularPrior` at one temperature."""
+    """A `MolecularPrior` at one temperature.
+
+    Attributes:
+        tau: temperature in units of the reference temperature.
+        explore: share of the draws whose backbone torsions come from a density `WARMER` times as hot, the stiff
+            coordinates given them being those of tau. So rare basins are drawn more often; `log_prob` is the mixture's.
+    """
 
     prior: MolecularPrior
     tau: float
+    explore: float = 0.0
 
     def log_prob(self, z: Vectors) -> Scalars:
         """ln p(z) [nat] of latents (batch, D); the angles are taken modulo 2 pi."""
@@ -184,21 +199,37 @@ class SteeredPrior:
 
     def log_prob_torsions(self, a: Vectors) -> Scalars:
         """ln of the marginal density [nat] of the torsions (batch, n_soft) alone."""
+        own = self._log_prob_torsions(a, 1.0)
+        if self.explore == 0.0:
+            return own
+        warm = self._log_prob_torsions(a, WARMER)
+        return torch.logaddexp(own + math.log1p(-self.explore), warm + math.log(self.explore))
+
+    def _log_prob_torsions(self, a: Vectors, warmth: float) -> Scalars:
         log_p = a.new_zeros(len(a))
-        for factor, group in zip(self.prior.factors, self.prior.groups, strict=True):
-            log_p = log_p + factor.exponent(a[:, group], self.tau) - factor.log_z(self.tau)
+        for factor, group, tau in self._factors(warmth):
+            log_p = log_p + factor.exponent(a[:, group], tau) - factor.log_z(tau)
         return log_p
+
+    def _factors(self, warmth: float) -> Iterator[tuple[TorusFactor, tuple[int, ...], float]]:
+        """Factors, their columns and their tau, that of backbone pairs (of all, where there is none) times `warmth`."""
+        pairs = any(factor.dim == 2 for factor in self.prior.factors)
+        for factor, group in zip(self.prior.factors, self.prior.groups, strict=True):
+            yield factor, group, self.tau * (warmth if factor.dim == 2 or not pairs else 1.0)
 
     def sample(self, n: int, *, generator: torch.Generator) -> tuple[Vectors, Scalars]:
         """n draws (n, D) and their ln p(z); differentiable in the width, not in the angles."""
-        z = self.complete(self.sample_torsions(n, generator=generator), generator=generator)
+        a = self.sample_torsions(n, generator=generator)
+        if self.explore > 0.0:
+            warm = torch.rand(n, generator=generator, device=a.device) < self.explore
+            a[warm] = self.sample_torsions(int(warm.sum()), warmth=WARMER, generator=generator)
+        z = self.complete(a, generator=generator)
         return z, self.log_prob(z)
 
-    def sample_torsions(self, n: int, *, flatten: float = 1.0, generator: torch.Generator) -> Vectors:
-        """n draws (n, n_soft) [rad] of the torsions alone; pairs of torsions as if `flatten` times as hot."""
+    def sample_torsions(self, n: int, *, warmth: float = 1.0, generator: torch.Generator) -> Vectors:
+        """n draws (n, n_soft) [rad] of the torsions alone; those of the backbone as if `warmth` times as hot."""
         a = self.prior.like.new_zeros(n, self.prior.n_soft)
-        for factor, group in zip(self.prior.factors, self.prior.groups, strict=True):
-            tau = self.tau * (flatten if factor.dim == 2 else 1.0)
+        for factor, group, tau in self._factors(warmth):
             a[:, group] = factor.sample(n, tau, generator=generator)
         return a
 

@@ -35,8 +35,8 @@ def flow_path(source: str) -> Path:
 
 
 def sample_to_file(
-    source: str, temperature: float, *, n: int, out: Path | None, at: float | None, seed: int, platform: str | None,
-    progress: Callable[[int, int, str], None] | None = None,
+    source: str, temperature: float, *, n: int, out: Path | None, at: float | None, explore: float, seed: int,
+    platform: str | None, progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[dict[str, str], Path]:  # fmt: skip
     """Draw an ensemble and write it; everything that can go wrong with the file is tried before the work is done.
 
@@ -46,6 +46,7 @@ def sample_to_file(
         n: number of draws.
         out: file; its ending says what is written. By default ensemble_<T>K.npz in the present folder.
         at: temperature the flow runs at [K]; by default that of the ensemble.
+        explore: share of the draws spread over all basins.
         seed: of the draws.
         platform: of OpenMM.
         progress: told of the draws.
@@ -59,7 +60,9 @@ def sample_to_file(
     energy = OpenMMEnergy(flow.molecule.system, platform)
     generator = torch.Generator().manual_seed(seed)
     begin = time.perf_counter()
-    ensemble = draw(flow, energy, temperature=temperature, n=n, generator=generator, at=at, progress=progress)
+    ensemble = draw(
+        flow, energy, temperature=temperature, n=n, generator=generator, at=at, explore=explore, progress=progress
+    )
     seconds = time.perf_counter() - begin
     if out.suffix == ".npz":
         ensemble.save(out)

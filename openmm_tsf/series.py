@@ -90,8 +90,9 @@ def of_ensemble(ensemble: Ensemble, topology: Any, edges: np.ndarray | None = No
     edges = energy_edges(energy, weights) if edges is None else edges
     angles = _angles(ensemble.positions, topology)
     common = (len(ensemble), angles, energy, edges)
+    drawn = f"Flow, {100 * ensemble.explore:g} % exploring" if ensemble.explore else "Flow, as drawn"
     return (
-        _series("raw", "Flow, as drawn", ensemble.sampling_temperature, None, *common, None),
+        _series("raw", drawn, ensemble.sampling_temperature, None, *common, None),
         _series("reweighted", "Flow, reweighted", ensemble.temperature, ensemble.ess, *common, weights),
     )
 

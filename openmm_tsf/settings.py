@@ -106,7 +106,7 @@ class SimulateSettings:
     """
 
     temperature: float = 600.0
-    n_frames: int = 100_000
+    n_frames: int = 160_000
     spacing_fs: float = 20.0
     n_walkers: int = 10
     timestep_fs: float | None = None
@@ -136,10 +136,12 @@ class SampleSettings:
     Args:
         temperatures: targets [K]; the training temperature is always drawn besides.
         n: valid draws at each temperature.
+        explore: share of the draws spread over all basins of the backbone, so that rare ones are seen often enough.
     """
 
     temperatures: tuple[float, ...] = (300.0,)
     n: int = 100_000
+    explore: float = 0.1
 
     def __post_init__(self) -> None:
         if not self.temperatures:
@@ -148,6 +150,8 @@ class SampleSettings:
         if bad:
             raise ValueError(f"temperatures holds {bad[0]:g}: must be finite and above 0 K")
         _at_least(self, 1, "n")
+        if not 0.0 <= self.explore < 1.0:
+            raise ValueError(f"explore = {self.explore:g} must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)

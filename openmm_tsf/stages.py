@@ -159,7 +159,8 @@ def _count_steps(config: Config) -> int:
 def _ensemble_key(run: Run, temperature: float) -> str:
     """What an ensemble depends on; another key makes it anew."""
     flow = hashlib.sha256((run.path / "flow.tsf").read_bytes()).hexdigest()
-    return f"{flow[:16]} {temperature:g} K n={run.config.sample.n} seed={run.config.seed}"
+    settings = run.config.sample
+    return f"{flow[:16]} {temperature:g} K n={settings.n} explore={settings.explore:g} seed={run.config.seed}"
 
 
 def _ensemble_done(run: Run, temperature: float) -> bool:
@@ -177,7 +178,10 @@ def _draw_one(run: Run, flow: Flow, energy: OpenMMEnergy, temperature: float, pr
         report(done, total, f"{temperature:g} K, {message}")
 
     with run.working(stage, progress, lambda: energy.n_evaluations - before, resumes=False) as report:
-        ensemble = draw(flow, energy, temperature=temperature, n=n, generator=generator, progress=labelled)
+        ensemble = draw(
+            flow, energy, temperature=temperature, n=n, generator=generator, explore=run.config.sample.explore,
+            progress=labelled,
+        )  # fmt: skip
         ensemble.save(run.path / f"{name}.npz")
         if temperature in run.config.sample.temperatures:
             save_frames(ensemble, flow.molecule, run.path / f"{name}.dcd", generator)

@@ -52,7 +52,7 @@ class TrainingSettings:
         checkpoint_every: steps between checkpoints.
     """
 
-    steps: int = 3000
+    steps: int = 3600
     batch_frames: int = 512
     batch_draws: int = 256
     flatten: float = 2.0

@@ -9,10 +9,12 @@ import numpy as np
 import openmm
 import torch
 from openmm import app, unit
+from scipy.special import i0e
 from torch import Tensor
 
 from openmm_tsf.internals import FlatInternals
 from openmm_tsf.systems import Molecule, alanine_dipeptide
+from openmm_tsf.units import kT
 from openmm_tsf.zmatrix import build_zmatrix
 
 TETRAHEDRAL = 109.47
@@ -100,36 +102,99 @@ def chain4() -> Molecule:
     return handmade("chain", rows)
 
 
-CHAIN4 = {"bond": 4e7, "angle": 300.0, "barrier": 6.0, "centre": 1.0}
+CHAIN4 = {"bond": 4e9, "angle": 300.0, "barrier": 6.0, "centre": 1.0}
 """Force constants of `harmonic_chain4` [kJ/mol/nm^6, kJ/mol, kJ/mol] and the minimum of its torsion [rad]."""
 
 
 @cache
 def harmonic_chain4() -> Molecule:
     """`chain4` with OpenMM forces that are harmonic in r^3/3 and cos theta, and a cosine of the torsion."""
-    molecule = chain4()
-    internals = FlatInternals(molecule, build_zmatrix(molecule))
-    bonds, angles = ((0, 1), (0, 2), (1, 3)), ((2, 0, 1), (0, 1, 3))
+    x = chain4().positions
+    bond = openmm.CustomBondForce("0.5*k*(r^3/3 - q0)^2")
+    angle = openmm.CustomAngleForce("0.5*k*(-cos(theta) - q0)^2")
+    torsion = openmm.CustomTorsionForce("k*(1 - cos(theta - t0))")
+    for add in (bond.addPerBondParameter, angle.addPerAngleParameter):
+        add("k")
+        add("q0")
+    torsion.addPerTorsionParameter("k")
+    torsion.addPerTorsionParameter("t0")
+    for i, j in ((0, 1), (0, 2), (1, 3)):
+        bond.addBond(i, j, [CHAIN4["bond"], np.linalg.norm(x[i] - x[j]) ** 3 / 3])
+    for i, j, k in ((2, 0, 1), (0, 1, 3)):
+        u, v = x[i] - x[j], x[k] - x[j]
+        angle.addAngle(i, j, k, [CHAIN4["angle"], -u @ v / np.linalg.norm(u) / np.linalg.norm(v)])
+    torsion.addTorsion(2, 0, 1, 3, [CHAIN4["barrier"], CHAIN4["centre"]])
+    return with_system(chain4(), lambda system: [system.addForce(force) for force in (bond, angle, torsion)])
+
+
+def chain4_internals(n: int, temperature: float, seed: int) -> Tensor:
+    """n exact draws of the internals (n, 6) of `harmonic_chain4`, as FlatInternals has them."""
+    rng, tau = np.random.default_rng(seed), kT(temperature)
+    widths = np.sqrt(tau / np.array([CHAIN4["bond"]] * 3 + [CHAIN4["angle"]] * 2))
+    q = internals_of("chain4").reference.numpy() + np.zeros((n, 1))
+    q[:, :5] += widths * rng.normal(size=(n, 5))
+    q[:, 5] = rng.vonmises(CHAIN4["centre"], CHAIN4["barrier"] / tau, size=n)
+    return torch.tensor(q, dtype=torch.float64)
+
+
+def chain4_log_z(temperature: float) -> float:
+    """ln of the integral of exp(-U/kT) of `harmonic_chain4` over flat internals, in closed form."""
+    tau = kT(temperature)
+    kappa = CHAIN4["barrier"] / tau
+    gaussians = 1.5 * np.log(2 * np.pi * tau / CHAIN4["bond"]) + np.log(2 * np.pi * tau / CHAIN4["angle"])
+    return float(gaussians + np.log(2 * np.pi * i0e(kappa)))
+
+
+BEND = 0.25
+"""How far the angles of `coupled_energy` follow the torsion, in units of -cos(theta)."""
+
+
+def coupled_energy(x: Tensor, bend: float = BEND) -> Tensor:
+    """U (batch,) [kJ/mol] of chain4: as `harmonic_chain4`, but with angles that follow the cosine of the torsion."""
+    internals = internals_of("chain4")
+    q = internals.inverse(x)[0] - internals.reference.to(x)
+    phi = q[:, 5] + float(internals.reference[5])
+    bonds, angles = q[:, :3], q[:, 3:5] - bend * phi.cos()[:, None]
+    harmonic = 0.5 * (CHAIN4["bond"] * (bonds**2).sum(1) + CHAIN4["angle"] * (angles**2).sum(1))
+    return harmonic + CHAIN4["barrier"] * (1.0 - torch.cos(phi - CHAIN4["centre"]))
+
+
+def coupled_frames(n: int, temperature: float, seed: int, bend: float = BEND) -> np.ndarray:
+    """n exact draws (n, 4, 3) [nm] of exp(-U/kT) of `coupled_energy`; ln Z is that of `harmonic_chain4`."""
+    q = chain4_internals(n, temperature, seed)
+    q[:, 3:5] += bend * q[:, 5:].cos()
+    return internals_of("chain4").forward(q)[0].numpy()
+
+
+@cache
+def harmonic_trimer() -> Molecule:
+    """The trimer with OpenMM's own harmonic bonds and angle."""
 
     def add_forces(system: openmm.System) -> None:
-        bond = openmm.CustomBondForce("0.5*k*(r^3/3 - q0)^2")
-        angle = openmm.CustomAngleForce("0.5*k*(-cos(theta) - q0)^2")
-        torsion = openmm.CustomTorsionForce("k*(1 - cos(theta - t0))")
-        for force, names in ((bond, ("k", "q0")), (angle, ("k", "q0")), (torsion, ("k", "t0"))):
-            for name in names:
-                force.__getattribute__(f"addPer{type(force).__name__[6:-5]}Parameter")(name)
-        x = molecule.positions
-        for i, j in bonds:
-            bond.addBond(i, j, [CHAIN4["bond"], np.linalg.norm(x[i] - x[j]) ** 3 / 3])
-        for i, j, k in angles:
-            u, v = x[i] - x[j], x[k] - x[j]
-            angle.addAngle(i, j, k, [CHAIN4["angle"], -u @ v / np.linalg.norm(u) / np.linalg.norm(v)])
-        torsion.addTorsion(2, 0, 1, 3, [CHAIN4["barrier"], CHAIN4["centre"]])
-        for force in (bond, angle, torsion):
-            system.addForce(force)
+        bonds, angles = openmm.HarmonicBondForce(), openmm.HarmonicAngleForce()
+        bonds.addBond(0, 1, *TRIMER["bond"])
+        bonds.addBond(1, 2, *TRIMER["bond"])
+        angles.addAngle(0, 1, 2, *TRIMER["angle"])
+        system.addForce(bonds)
+        system.addForce(angles)
 
-    assert internals.dim == 6
-    return with_system(molecule, add_forces)
+    return with_system(trimer(), add_forces)
+
+
+@cache
+def rigid_harmonic_trimer() -> Molecule:
+    """The trimer with both bonds rigid and a harmonic angle."""
+
+    def add_force(system: openmm.System) -> None:
+        angle = openmm.HarmonicAngleForce()
+        angle.addAngle(0, 1, 2, *TRIMER["angle"])
+        system.addForce(angle)
+
+    return with_system(rigid_trimer(), add_force)
+
+
+TRIMER = {"bond": (0.15, 1.5e5), "angle": (np.deg2rad(110.0), 150.0)}
+"""Minimum and force constant [nm, kJ/mol/nm^2; rad, kJ/mol/rad^2]."""
 
 
 def methyl(names: str, carbon: str, angle: str, torsion: str, phi: float = 60.0) -> list[tuple]:
@@ -246,9 +311,9 @@ def _heavy_atoms(names: tuple[str, ...], omega: float) -> dict[tuple[int, str], 
 MOLECULES = {
     "ala2": lambda: alanine_dipeptide("vacuum"),
     "ala2 rigid": lambda: alanine_dipeptide("vacuum", constraints="HBonds"),
-    "trimer": trimer,
-    "rigid trimer": rigid_trimer,
-    "chain4": chain4,
+    "trimer": harmonic_trimer,
+    "rigid trimer": rigid_harmonic_trimer,
+    "chain4": harmonic_chain4,
     "ethanol": ethanol,
     "butane": butane,
     "cyclopropane": cyclopropane,

@@ -247,7 +247,7 @@ def test_altered_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="damaged"):
         Ensemble.load(path)
     np.savez(path, something=np.zeros(3))
-    with pytest.raises(ValueError, match="is not an ensemble file: it has no energy, format"):
+    with pytest.raises(ValueError, match="is not an ensemble file: it has no energy, explore, format"):
         Ensemble.load(path)
     path.write_text("hello")
     with pytest.raises(ValueError, match="is not an ensemble file"):
