@@ -124,11 +124,17 @@ def observables_against_temperature(
 
 
 def flow_observables(
-    flow: Any, energy: Energy, temperatures: Sequence[float], *, n: int, generator: torch.Generator
+    flow: Any,
+    energy: Energy,
+    temperatures: Sequence[float],
+    *,
+    n: int,
+    generator: torch.Generator,
+    explore: float | int = 0.0,
 ) -> list[dict[str, float]]:
     """Rows as `observables_against_temperature` gives, each temperature with n draws of its own.
 
-    Farther than reweighting one ensemble, because the flow is steered to each temperature [K].
+    Farther than reweighting one ensemble, because the flow is steered to each temperature [K]. `explore` as in `draw`.
 
     Raises:
         ValueError: the molecule has no residue with phi and psi.
@@ -137,7 +143,7 @@ def flow_observables(
     for temperature in temperatures:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a low ESS is part of the row
-            ensemble = draw(flow, energy, temperature=temperature, n=n, generator=generator)
+            ensemble = draw(flow, energy, temperature=temperature, n=n, generator=generator, explore=explore)
         phi = dihedrals(ensemble.positions, backbone(flow.molecule)[0])
         rows += observables_against_temperature(ensemble, [temperature], phi)
     return rows

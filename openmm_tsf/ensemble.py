@@ -223,7 +223,7 @@ def draw(
     n: int,
     generator: torch.Generator,
     at: Any = None,
-    explore: float = 0.0,
+    explore: float | int = 0.0,
     chunk: int = 4096,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Ensemble:

@@ -33,12 +33,14 @@ from .stages import (
     training_frames,
 )
 from .trajectories import Frames
-from .typing import Positions, Steerable
+from .typing import Energy, Positions, Steerable
 
 MEASURED = ("simulate", "train", "sample")
 FILES = ("metrics.json", "report.html", "energies.png")
 N_FRAME_ENERGIES = 4000
 N_STEERED = 1000
+N_BETWEEN = 20_000
+"""Draws at each temperature between those of the ensembles."""
 STEP_KELVIN = 25.0
 """Spacing of the temperatures in the figure of observables."""
 
@@ -67,7 +69,7 @@ def report_stage(run: Run, progress: Progress | None = None) -> None:
         figures = analysis.metrics(ensembles[0], target, molecule, reference=reference, seed=seed)
         figures |= _other_targets(ensembles, target, molecule)
         report(1, 4, "observables")
-        observables = _observables(ensembles, molecule)
+        observables = _observables(flow, energy, ensembles, seed)
         report(2, 4, "pictures")
         drawn = plotting.figures(
             ensembles[0], target, molecule, frames=frames.positions, reference=reference, observables=observables,
@@ -183,20 +185,23 @@ def _other_targets(ensembles: Sequence[Ensemble], target: Ensemble, molecule: An
     return figures
 
 
-def _observables(ensembles: Sequence[Ensemble], molecule: Any) -> list[dict[str, float]] | None:
-    """Observables from the lowest to the highest temperature, each from the ensemble that is worth most there."""
+def _observables(flow: Flow, energy: Energy, ensembles: Sequence[Ensemble], seed: int) -> list[dict[str, float]] | None:
+    """Observables from the lowest to the highest temperature: of the ensembles, and of fresh draws in between."""
     own = [ensemble.temperature for ensemble in ensembles]
     steps = max(2, math.ceil((max(own) - min(own)) / STEP_KELVIN) + 1)
-    grid = sorted({*own, *np.linspace(min(own), max(own), steps).round(3).tolist()})
+    between = sorted({*np.linspace(min(own), max(own), steps).round(3).tolist()} - set(own))
     try:
-        angles = [analysis.phi_psi(ensemble.positions, molecule)[0] for ensemble in ensembles]
+        angles = [analysis.phi_psi(ensemble.positions, flow.molecule)[0] for ensemble in ensembles]
     except ValueError:  # no residue with both torsions
         return None
-    best = [max(range(len(ensembles)), key=lambda i: ensembles[i].reweighted(t).ess) for t in grid]
-    rows = []
-    for i, (ensemble, phi) in enumerate(zip(ensembles, angles, strict=True)):
-        mine = [t for t, chosen in zip(grid, best, strict=True) if chosen == i]
-        rows += analysis.observables_against_temperature(ensemble, mine, phi) if mine else []
+    rows = [
+        row
+        for ensemble, phi in zip(ensembles, angles, strict=True)
+        for row in analysis.observables_against_temperature(ensemble, [ensemble.temperature], phi)
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    most = min(N_BETWEEN, *map(len, ensembles))
+    rows += analysis.flow_observables(flow, energy, between, n=most, explore=ensembles[0].explore, generator=generator)
     return sorted(rows, key=lambda row: row["temperature"])
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,7 +148,8 @@ class _Trainer:
         self.best = (math.inf, copy.deepcopy(self.flow.state_dict()))
         self.log_weights: list[Tensor] = []
         self.recent: list[float] = []
-        facts = {"seed": seed, "frames": len(frames.positions), "temperature": flow.training_temperature}
+        facts = {"seed": seed, "frames": _digest(frames), "temperature": flow.training_temperature}
+        facts |= {"flow": asdict(flow.settings), "zmatrix": str(flow.zmatrix)}
         self.identity = json.dumps({**facts, **asdict(settings)})
         self.start = self._highest_energy(early) + HEADROOM
 
@@ -158,6 +161,7 @@ class _Trainer:
 
     def run(self, progress: Progress) -> History:
         settings = self.settings
+        self.directory.mkdir(parents=True, exist_ok=True)
         if self.step == 0:
             self._pretrain()
         while self.step < settings.steps and not self.history.stopped_early:
@@ -265,10 +269,7 @@ class _Trainer:
         path = self.directory / "training_state.pt"
         if not path.exists():
             return
-        try:
-            state = torch.load(path, weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{path} is not a training checkpoint ({error}); delete it to start again") from error
+        state = _read_state(path)
         if state["identity"] != self.identity:
             raise ValueError(
                 f"{path} belongs to a run with other settings or frames; use another directory or delete it"
@@ -281,6 +282,27 @@ class _Trainer:
         self.step, self.best, self.log_weights = state["step"], tuple(state["best"]), state["log_weights"]
         self.recent, self.losses = state["recent"], state["losses"]
         self.history = History(**state["history"])
+
+
+def _digest(frames: Frames) -> str:
+    """What tells these frames from others."""
+    return hashlib.sha256(frames.positions.tobytes() + frames.temperatures.tobytes()).hexdigest()
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """What `_save` wrote; nothing in the file is executed.
+
+    Raises:
+        ValueError: the file is damaged, or something else.
+    """
+    try:
+        state = torch.load(path, weights_only=True)
+        if not isinstance(state, dict) or "identity" not in state:
+            raise ValueError("it holds something else")
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is not a training checkpoint ({reason}); delete it to start again") from error
+    return state
 
 
 def _internals(flow: Flow, frames: Frames) -> tuple[Tensor, Tensor]:

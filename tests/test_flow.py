@@ -167,6 +167,20 @@ def test_weights_between_two_temperatures_average_to_one():
     laws.mean_weight_is_one(flow.at(500.0).log_prob(x), log_q)
 
 
+def test_exploring_flows_are_faithful_and_their_weights_exact():
+    flow = flow_of("ala2", size=0.05)
+    steered = flow.at(300.0)
+    exploring = steered.exploring(0.2)
+    laws.faithful(exploring, 300, seeded(3), atol=1e-7)
+    x, log_q, valid = exploring.propose(20_000, generator=seeded(6))
+    assert valid.all()  # the part off the chart would be missing
+    laws.mean_weight_is_one(steered.log_prob(x), log_q)
+    assert torch.equal(steered.exploring(0.0).log_prob(x[:5]), steered.log_prob(x[:5]))
+    assert laws.difference(exploring.log_prob(x), steered.log_prob(x)) > 0.2
+    with pytest.raises(ValueError, match="share of exploring draws"):
+        steered.exploring(1.0)
+
+
 # --- invariances and the chart ----------------------------------------------------------------------------------------
 
 

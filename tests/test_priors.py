@@ -291,6 +291,52 @@ def test_basins_gain_entropy_on_heating():
         assert abs(math.log(right / left) - 1.6) < 0.3  # the same at every temperature: an entropy, not an energy
 
 
+# --- exploring: a share of the torsions from a hotter density ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n_stiff", "groups"), [(1, [(0,)]), (0, [(0, 1)]), (0, [(0,), (1,)])], ids=str)
+def test_exploring_densities_are_normalised(n_stiff, groups):
+    prior = random_prior(n_stiff, groups)
+    axes = [laws.line(30.0, 400)] * n_stiff + [laws.circle(100)] * prior.n_soft
+    laws.normalised(prior.at(0.5, explore=0.3).log_prob, axes, atol=1e-8)
+
+
+@pytest.mark.parametrize("groups", [[(0,)], [(0, 1)], [(0, 2), (1,)]], ids=str)
+def test_exploring_draws_are_scored_as_they_are_drawn(groups, generator):
+    prior = random_prior(2, groups)
+    exploring = prior.at(0.5, explore=0.3)
+    laws.faithful(exploring, 1000, generator, atol=1e-11)
+    if prior.n_soft < 3:
+        z, _ = exploring.sample(100_000, generator=generator)
+        bins, inside = COARSE[prior.n_soft]
+        laws.follow(z[:, 2:], exploring.log_prob_torsions, bins, inside=inside)
+        with pytest.raises(AssertionError, match="do not follow"):
+            laws.follow(z[:, 2:], prior.at(0.5).log_prob_torsions, bins, inside=inside)
+    z, log_q = exploring.sample(100_000, generator=generator)
+    laws.mean_weight_is_one(prior.at(0.5).log_prob(z), log_q)
+
+
+def test_exploring_reaches_what_is_rare_and_is_bounded_below(generator):
+    prior = random_prior(2, [(0, 1)])
+    plain, exploring = prior.at(0.25), prior.at(0.25, explore=0.2)
+    z = torch.cat((torch.randn(2000, 2, generator=generator), 6.28 * torch.rand(2000, 2, generator=generator)), 1)
+    ratio = exploring.log_prob(z) - plain.log_prob(z)
+    assert float(ratio.min()) > math.log(0.8) - 1e-9  # no more than the share is lost anywhere
+    assert float(ratio.max()) > 2.0
+
+
+def test_exploring_nothing_is_the_plain_density(generator):
+    prior = random_prior(2, [(0,)])
+    z = torch.randn(50, 3, generator=generator)
+    assert torch.equal(prior.at(0.5, explore=0.0).log_prob(z), prior.at(0.5).log_prob(z))
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 2.0, math.nan])
+def test_the_share_that_explores_is_checked(share):
+    with pytest.raises(ValueError, match="share of exploring draws"):
+        random_prior(1, [(0,)]).at(1.0, explore=share)
+
+
 # --- the rest ---------------------------------------------------------------------------------------------------------
 
 

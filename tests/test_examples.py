@@ -1,0 +1,54 @@
+"""Every example runs, in a quick setting, and says something true."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TESTED = {"draw.py", "own_molecule.py", "look.ipynb", "ala2.toml"}
+
+
+def run(*arguments):
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=EXAMPLES.parent
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def number(pattern, text):
+    return float(re.search(pattern, text).group(1))
+
+
+def test_every_example_is_tested():
+    """ala2.toml is the main job; tests of the configuration hold it to the defaults."""
+    assert {path.name for path in EXAMPLES.iterdir() if not path.name.startswith((".", "__"))} == TESTED
+
+
+def test_draw():
+    """Energy at 300 K: -98.4 +- 0.1 kJ/mol by reweighting 1e5 draws, -98.2 +- 0.2 by replica exchange."""
+    printed = run(EXAMPLES / "draw.py", "-n", 2000)
+    assert abs(number(r"<U> at 300 K: (-?[\d.]+)", printed) - -98.3) < 3.0
+    assert number(r"ESS ([\d.]+) %", printed) > 30.0
+
+
+def test_own_molecule():
+    """A hundred steps already lower -ln q of held-out frames by nats."""
+    printed = run(EXAMPLES / "own_molecule.py", "--steps", 100, "--frames", 2000)
+    first, last = map(float, re.search(r"held-out -ln q: (-?[\d.]+) -> (-?[\d.]+)", printed).groups())
+    assert last < first
+    assert "root: ACE1-C - ALA2-N - ALA2-CA" in printed
+
+
+def test_notebook_runs():
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(EXAMPLES / "look.ipynb", as_version=4)
+    setup = notebook.cells[1]
+    assert "n = 2000" in setup.source
+    setup.source = setup.source.replace("n = 2000", "n = 200")
+    NotebookClient(notebook, timeout=200, kernel_name="python3").execute()
+    (said,) = (output for output in notebook.cells[-1].outputs if output.output_type == "stream")
+    assert abs(number(r"<U> = (-?[\d.]+)", said.text) - -98.3) < 10.0
