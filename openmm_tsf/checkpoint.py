@@ -86,7 +86,8 @@ def load_flow(path: str | os.PathLike, *, dtype: torch.dtype = torch.float64) ->
             )  # fmt: skip
         flow.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} holds a flow that this version cannot read: {error}") from error
+        reason = " ".join(str(error).split())  # torch lists mismatches in lines
+        raise CheckpointError(f"{path} holds a flow that this version cannot read: {reason}") from error
     return flow.to(dtype)
 
 

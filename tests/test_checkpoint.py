@@ -321,7 +321,7 @@ def test_missing_files_and_folders(read, tmp_path):
 
 
 def test_a_folder_that_is_missing_is_an_oserror(flow, tmp_path):
-    with pytest.raises(OSError, match="No such file or directory|nowhere"):
+    with pytest.raises(OSError, match="nowhere"):
         save_flow(flow, tmp_path / "nowhere" / "flow.tsf")
 
 
@@ -338,7 +338,7 @@ def test_a_read_only_folder_is_an_oserror(flow, file):
 
 
 def test_a_file_in_the_way_of_the_folder_is_an_oserror(flow, file):
-    with pytest.raises(OSError, match="Not a directory|flow"):
+    with pytest.raises(OSError, match="flow"):
         save_flow(flow, file / "flow.tsf")
 
 
@@ -354,14 +354,6 @@ def test_a_write_that_fails_half_way_leaves_the_old_file(flow, file, monkeypatch
         save_flow(flow_of("ala2", seed=2), file)
     assert file.read_bytes() == before
     assert [path.name for path in file.parent.iterdir()] == ["flow.tsf"]
-
-
-def test_a_real_full_disk_is_an_oserror(flow, file):
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
-    with pytest.raises(OSError, match="."):
-        save_flow(flow, "/dev/full/flow.tsf")
-    load_flow(file)
 
 
 def test_saving_does_not_change_the_flow(flow, tmp_path):
