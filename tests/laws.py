@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from openmm_tsf.geometry import wrap
-from openmm_tsf.units import kT
 
 TWO_PI = 2.0 * math.pi
 
@@ -201,11 +200,3 @@ def steerable(family: Any, x: Tensor, one: float, other: float, bound: float = 1
     assert len(torch.unique(x.flatten(1), dim=0)) == len(x)
     spread = steering_spread(family, x, one, other)
     assert spread < bound, f"steering between {one:g} and {other:g} spreads by {spread:.1e} nat"
-
-
-# --- energy -----------------------------------------------------------------------------------------------------------
-
-
-def boltzmann(energy: Tensor, temperature: float) -> Tensor:
-    """-U/kT [nat] of energies [kJ/mol]."""
-    return -energy / kT(temperature)

@@ -281,6 +281,14 @@ def test_constraints_other_than_bonds_of_the_z_matrix_are_refused(molecule, pair
         FlatInternals(add_constraint(molecule, *pair), z)
 
 
+def test_neighbours_of_a_centre_must_share_their_references():
+    molecule = butane()
+    h, c4, c3, other = (molecule.atom_labels.index(f"MOL1-{name}") for name in ("HC4a", "C4", "C3", "HC3a"))
+    z = build_zmatrix(molecule, references={h: (c4, c3, other)})
+    with pytest.raises(ValueError, match=r"atoms .*MOL1-HC4a.* around MOL1-C4 must share their z-matrix references"):
+        FlatInternals(molecule, z)
+
+
 # --- the chart: what belongs to the isomer ----------------------------------------------------------------------------
 
 

@@ -168,7 +168,7 @@ def test_history_has_what_plots_and_reports_need(tmp_path):
     assert all(wanted <= row.keys() for row in history.rows)
     assert math.isnan(history.rows[0]["ess_train"]) and 0 < history.rows[-1]["ess_train"] <= 1
     assert max(row["learning_rate"] for row in history.rows) <= 1e-3  # the largest that was asked for
-    first = 7  # the first step with a weight above zero, by the ramp
+    first = 8  # after a quarter of the steps, and one whose weight is just zero
     assert history.n_energy_evaluations == (24 - first + 1) * 16
     stored = json.loads((tmp_path / "history.json").read_text())
     assert repr(History(**stored)) == repr(history)

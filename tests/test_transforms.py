@@ -18,7 +18,7 @@ def randomised(module: torch.nn.Module, seed: int = 3) -> torch.nn.Module:
     g = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         parameter.data = 0.7 * torch.randn(parameter.shape, generator=g, dtype=parameter.dtype)
-    return module
+    return module.requires_grad_(False)
 
 
 def standardise() -> Standardise:
