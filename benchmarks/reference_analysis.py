@@ -193,8 +193,9 @@ def analyse(out: Path, write: Path | None, n_blocks: int = N_BLOCKS, n_replicate
 def summary(analysis: Analysis, best: Figures, error: Figures) -> dict[str, np.ndarray]:
     """The arrays of the shipped file; energies in kJ/mol, heat capacity (potential part) in kJ/mol/K."""
     thermal = BOLTZMANN * TARGETS
-    spread = np.sum(error.ramachandran**2, axis=(1, 2))
-    binomial = np.sum(best.ramachandran * (1.0 - best.ramachandran), axis=(1, 2))
+    # total variation adds absolute deviations, so what makes it up are the bins' standard errors, not their variances
+    spread = np.sum(error.ramachandran, axis=(1, 2))
+    binomial = np.sum(np.sqrt(best.ramachandran * (1.0 - best.ramachandran)), axis=(1, 2))
     arrays = {"temperatures": TARGETS, "n_frames": np.array(analysis.raw.keep.sum())}
     for name in ("alpha_left", "phi_positive", "mean_energy", "energy_variance", "basin_share"):
         arrays |= {name: getattr(best, name), f"{name}_error": getattr(error, name)}
@@ -203,7 +204,7 @@ def summary(analysis: Analysis, best: Figures, error: Figures) -> dict[str, np.n
     arrays["basin_names"] = np.array(list(BASINS))
     arrays["basin_free_energy"] = -thermal[:, None] * np.log(best.basin_share)
     arrays["basin_free_energy_error"] = thermal[:, None] * error.basin_share / best.basin_share
-    arrays |= {"ramachandran": best.ramachandran.astype(np.float32), "n_effective": binomial / spread}
+    arrays |= {"ramachandran": best.ramachandran.astype(np.float32), "n_effective": (binomial / spread) ** 2}
     arrays |= {"n_effective_kish": best.kish, "energy_edges": analysis.edges, "energy_histogram": best.energy_histogram}
     arrays["n_effective_alpha_left"] = best.alpha_left * (1.0 - best.alpha_left) / error.alpha_left**2
     return arrays
@@ -217,7 +218,7 @@ def described(raw: Raw, settings: dict, analysis: Analysis) -> dict:
     return {
         "molecule": "alanine dipeptide, ff96 + OBC1, no constraints (openmmtools AlanineDipeptideImplicit)",
         "method": "replica exchange with a fixed bias on (phi, psi), MBAR; errors by bootstrap over time blocks",
-        "n_effective_is": "sum p(1-p) / sum var(p) over Ramachandran bins (bootstrap); _kish: of the weights",
+        "n_effective_is": "(sum sqrt(p(1-p)) / sum error(p))^2 over Ramachandran bins (bootstrap); _kish: of the weights",
         "basins": BASINS,
         "nanoseconds": raw.phi.size * frame_ps * 1e-3,
         "frame_ps": frame_ps,

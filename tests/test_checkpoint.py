@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 
 from openmm_tsf import checkpoint
 from openmm_tsf.checkpoint import CheckpointError, flow_info, load_flow, pretrained, save_flow
+from openmm_tsf.energy import OpenMMEnergy
+from openmm_tsf.ensemble import draw
 from openmm_tsf.flow import Flow, FlowSettings, build_flow
 from openmm_tsf.trajectories import Frames
 from openmm_tsf.zmatrix import build_zmatrix
@@ -368,6 +370,19 @@ def test_files_are_small(flow, file):
 
 
 # --- shipped ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_pretrained_flow_steers_is_faithful_and_has_even_weights():
+    flow = pretrained("ala2").requires_grad_(False)
+    assert flow.training_temperature == 600.0 and flow.molecule.constraints == {}
+    x = torch.tensor(frames_of("ala2", 1000))
+    laws.steerable(flow, x, 300.0, 600.0, bound=1e-9)
+    laws.steerable(flow, x, 150.0, 600.0, bound=1e-9)
+    for temperature in (300.0, 600.0):
+        laws.faithful(flow.at(temperature), 300, torch.Generator().manual_seed(1), atol=1e-7)
+    energy = OpenMMEnergy(flow.molecule.system)
+    ensemble = draw(flow, energy, temperature=300.0, n=1000, generator=torch.Generator().manual_seed(1))
+    assert ensemble.ess > 0.35 and ensemble.n_rejected < 30
 
 
 def test_an_unknown_pretrained_flow_is_an_error_that_lists_those_there_are():
