@@ -218,7 +218,7 @@ def described(raw: Raw, settings: dict, analysis: Analysis) -> dict:
     return {
         "molecule": "alanine dipeptide, ff96 + OBC1, no constraints (openmmtools AlanineDipeptideImplicit)",
         "method": "replica exchange with a fixed bias on (phi, psi), MBAR; errors by bootstrap over time blocks",
-        "n_effective_is": "(sum sqrt(p(1-p)) / sum error(p))^2 over Ramachandran bins (bootstrap); _kish: of the weights",
+        "n_effective_is": "(sum sqrt(p(1-p)) / sum error(p))^2 over Ramachandran bins; _kish: of the weights",
         "basins": BASINS,
         "nanoseconds": raw.phi.size * frame_ps * 1e-3,
         "frame_ps": frame_ps,

@@ -22,7 +22,8 @@ class Chart(nn.Module):
 
     Inside means: r > 0, |cos theta| < 1, stiff torsions within pi of their reference, planar ones within 90 degrees of
     cis or trans (whichever the reference is), and every four-coordinated centre as handed as in the reference,
-    labelled hydrogens included.
+    labelled hydrogens included. Not watched are bridgeheads of which the z-matrix places a single neighbour, because
+    ring closures hold the others; inverting one breaks bonds.
 
     Args:
         reference: (D,) internals of the reference positions.

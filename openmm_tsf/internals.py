@@ -126,7 +126,9 @@ class FlatInternals(nn.Module):
             why = self.chart.describe(q)
             text = f"{n_off} of {len(q)} frames are another isomer than the reference structure ({why})"
             if n_off > tolerance * len(q):
-                raise ValueError(f"{text}; give a molecule of the same isomer as the frames")
+                raise ValueError(
+                    f"{text}; give a molecule of the same isomer as the frames, or change kinds in the z-matrix"
+                )
             warnings.warn(f"{text}; they are left out", stacklevel=2)
         return q, inside
 

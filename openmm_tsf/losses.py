@@ -11,6 +11,9 @@ from .flow import Flow
 from .typing import Energy, Scalars, Vectors
 from .units import kT
 
+LARGEST_ADVANTAGE = 10.0
+"""Largest deviation of ln q + u from its mean [nat] that moves the torsions' density."""
+
 
 def likelihood_loss(flow: Flow, q: Vectors, temperatures: Scalars) -> Scalars:
     """-ln q [nat] of frames given as flat internals (batch, D), each at its own temperature (batch,) [K]: (batch,)."""
@@ -54,7 +57,8 @@ def energy_loss(
     were `flatten` times as hot), so that rare basins are trained too: given its torsions, a draw is right or wrong
     however often those torsions come up. Stiff coordinates are differentiated through the draw. Torsions come from a
     rejection sampler, which has no derivative; their density is moved by the deviation of ln q + u from its mean (the
-    score-function gradient of the relative entropy, and of the variance of the log-weights for the flattened half).
+    score-function gradient of the relative entropy, and of the variance of the log-weights for the flattened half). A
+    deviation beyond `LARGEST_ADVANTAGE` counts as that much: a bias that vanishes as the flow gets better.
 
     Args:
         temperature: of the draws and of the target [K].
@@ -83,7 +87,7 @@ def energy_loss(
     marginal = prior.log_prob_torsions(z[:, flow.prior.n_stiff :])
     conditional = prior.log_prob(z) - marginal - log_det[rows] + soften(u, start=start)
     loss = (conditional + marginal).detach()
-    advantage = (loss - loss.mean()).clamp(-10.0, 10.0)
+    advantage = (loss - loss.mean()).clamp(-LARGEST_ADVANTAGE, LARGEST_ADVANTAGE)
     own = rows < n_own
     log_weights = torch.full((n_own,), -torch.inf, dtype=u.dtype, device=u.device)
     log_weights[rows[own]] = (soften(u, start=start) - loss - u).detach()[own]

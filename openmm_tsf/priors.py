@@ -36,6 +36,8 @@ class TorusPotential(nn.Module):
         super().__init__()
         if dim not in GRID:
             raise ValueError(f"potentials have 1 or 2 angles, not {dim}")
+        if not 0 <= 4 * order <= GRID[dim]:
+            raise ValueError(f"harmonics of {dim} angles must be between 0 and {GRID[dim] // 4}, not {order}")
         self.dim, self.order = dim, order
         modes = [k for k in itertools.product(range(-order, order + 1), repeat=dim) if k > (0,) * dim]
         self.register_buffer("modes", torch.tensor(modes, dtype=torch.long).reshape(-1, dim), persistent=False)
