@@ -32,6 +32,7 @@ from .stages import (
     train_stage,
     training_frames,
 )
+from .training import History
 from .trajectories import Frames
 from .typing import Energy, Positions, Steerable
 
@@ -212,4 +213,4 @@ def _frame_energies(energy: Any, frames: Frames) -> np.ndarray:
 
 
 def _history(run: Run) -> list[dict[str, Any]]:
-    return json.loads((run.path / "history.json").read_text("utf-8"))["rows"]
+    return History.from_json((run.path / "history.json").read_text("utf-8")).rows

@@ -96,6 +96,18 @@ class History:
     best_step: int = 0
     stopped_early: bool = False
 
+    def to_json(self) -> str:
+        """JSON text; what is not known yet (the ESS before the first draw) is null there."""
+        rows = [{k: None if math.isnan(v) else v for k, v in row.items()} for row in self.rows]
+        return json.dumps({**asdict(self), "rows": rows}, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> History:
+        """What `to_json` gave."""
+        stored = json.loads(text)
+        rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in stored["rows"]]
+        return cls(**{**stored, "rows": rows})
+
 
 def train(
     flow: Flow, frames: Frames, energy: Energy, settings: TrainingSettings | None = None, *,
@@ -262,7 +274,7 @@ class _Trainer:
         }  # fmt: skip
         with whole(self.directory / "training_state.pt") as temporary:
             torch.save(state, temporary)
-        write_text(self.directory / "history.json", json.dumps(asdict(self.history), indent=1))
+        write_text(self.directory / "history.json", self.history.to_json())
 
     def resume(self) -> None:
         """Go on from the checkpoint in the directory, if there is one."""
