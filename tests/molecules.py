@@ -21,6 +21,18 @@ TETRAHEDRAL = 109.47
 MASSES = {"C": 12.011, "H": 1.008, "N": 14.007, "O": 15.999}
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def perturbed(flow: torch.nn.Module, size: float, seed: int = 9) -> torch.nn.Module:
+    """Every parameter moved, those that start at zero too (last layers, Fourier coefficients)."""
+    g = seeded(seed)
+    for parameter in flow.parameters():
+        parameter.data += size * torch.randn(parameter.shape, generator=g, dtype=parameter.dtype)
+    return flow
+
+
 def place(a: np.ndarray, b: np.ndarray, c: np.ndarray, r: float, theta: float, phi: float) -> np.ndarray:
     """The point at distance r [nm] from c, at angle theta to b and torsion phi to a [degrees]; an oracle."""
     theta, phi = np.deg2rad(theta), np.deg2rad(phi)

@@ -15,7 +15,7 @@ from openmm import unit
 
 from openmm_tsf.energy import OpenMMEnergy
 from openmm_tsf.energy import platforms as platforms_module
-from openmm_tsf.energy.platforms import PinnedThreads, available_platforms, choose_platform, one_core
+from openmm_tsf.energy.platforms import PinnedThreads, available_platforms, choose_platform
 from openmm_tsf.systems import alanine_dipeptide
 
 PLATFORMS = [name for name in ("Reference", "CPU", "CUDA", "OpenCL") if name in available_platforms()]
@@ -280,14 +280,8 @@ def test_platforms_that_do_not_work_are_passed_over_or_named(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no control over cores on this system")
-def test_one_core_pins_the_calling_thread_and_comes_back():
+def test_pinned_threads_have_a_core_each_and_leave_the_caller_alone():
     before = os.sched_getaffinity(0)
-    with pytest.raises(KeyError), one_core() as core:
-        assert os.sched_getaffinity(0) == {core} <= before
-        raise KeyError
-    assert os.sched_getaffinity(0) == before
-    with one_core(max(before)) as core:
-        assert core == max(before)
     threads, seen = PinnedThreads(len(before)), {}
     threads.share(lambda index, job, stop: seen.setdefault(index, os.sched_getaffinity(0)), range(50))
     assert all(len(mask) == 1 for mask in seen.values())

@@ -17,7 +17,9 @@ from molecules import (
     harmonic_chain4,
     harmonic_trimer,
     internals_of,
+    perturbed,
     rigid_harmonic_trimer,
+    seeded,
 )
 from openmm import unit
 
@@ -33,23 +35,11 @@ SMALL = {"blocks": 2, "hidden": 8, "depth": 1, "energy_order": 3, "entropy_order
 N_FRAMES = 1000
 
 
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def perturbed(flow: Flow, size: float, seed: int = 9) -> Flow:
-    """Every parameter moved, those that start at zero too (last layers, Fourier coefficients)."""
-    g = seeded(seed)
-    for parameter in flow.parameters():
-        parameter.data += size * torch.randn(parameter.shape, generator=g, dtype=parameter.dtype)
-    return flow.requires_grad_(False)
-
-
 def flow_of(name: str, size: float = 0.15, **settings) -> Flow:
     """A small flow of one of MOLECULES at 600 K, with random weights."""
     frames = Frames(frames_of(name, N_FRAMES), np.full(N_FRAMES, 600.0))
     flow = build_flow(MOLECULES[name](), frames, FlowSettings(**{**SMALL, **settings}), generator=seeded(1))
-    return perturbed(flow, size)
+    return perturbed(flow, size).requires_grad_(False)
 
 
 def frames(name: str = "ala2", n: int = N_FRAMES) -> torch.Tensor:
@@ -385,7 +375,7 @@ def test_ln_z_of_a_harmonic_molecule_is_the_analytic_one(temperature):
     q = chain4_internals(4000, 900.0, seed=2)  # too wide for what it is told to be, so that weights have work to do
     x = internals_of("chain4").forward(q)[0].numpy()
     flow = build_flow(harmonic_chain4(), Frames(x, np.full(len(x), 600.0)), FlowSettings(**SMALL), generator=seeded(1))
-    log_z, error = log_z_and_error(perturbed(flow, 0.03), harmonic_chain4(), temperature)
+    log_z, error = log_z_and_error(perturbed(flow, 0.03).requires_grad_(False), harmonic_chain4(), temperature)
     assert 0.003 < error < 0.03
     assert abs(log_z - chain4_log_z(temperature)) < 4 * error
 
@@ -412,7 +402,7 @@ def test_ln_z_of_bonds_and_angles_as_force_fields_have_them(rigid, temperature):
     exact = math.log(integral(angle, 0.0, math.pi)) + (0.0 if rigid else 2 * math.log(bond))
     x = dynamics(molecule, 2000, temperature=900.0, spacing=50)
     flow = build_flow(molecule, Frames(x, np.full(len(x), 600.0)), FlowSettings(**SMALL), generator=seeded(1))
-    log_z, error = log_z_and_error(perturbed(flow, 0.03), molecule, temperature)
+    log_z, error = log_z_and_error(perturbed(flow, 0.03).requires_grad_(False), molecule, temperature)
     assert 0.0005 < error < 0.03
     assert abs(log_z - exact) < 4 * error
 

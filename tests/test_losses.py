@@ -16,6 +16,8 @@ from molecules import (
     coupled_frames,
     frames_of,
     harmonic_chain4,
+    perturbed,
+    seeded,
 )
 
 from openmm_tsf import geometry, torsions
@@ -30,17 +32,6 @@ SLIGHT = 0.03
 """A coupling of angles to the torsion that a Gaussian almost fits."""
 NO_LIMIT = 1e6
 """Where reduced energies would begin to be softened."""
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def perturbed(flow: Flow, size: float, seed: int = 9) -> Flow:
-    g = seeded(seed)
-    for parameter in flow.parameters():
-        parameter.data += size * torch.randn(parameter.shape, generator=g, dtype=parameter.dtype)
-    return flow
 
 
 def chain_flow(size: float, bend: float = BEND) -> Flow:

@@ -78,28 +78,6 @@ def n_cores() -> int:
     return len(_cores())
 
 
-@contextmanager
-def one_core(core: int | None = None) -> Iterator[int | None]:
-    """Keep the calling thread, and threads it starts, on one core; the previous choice comes back at the end.
-
-    Args:
-        core: which; None for the one the thread is on now.
-
-    Yields:
-        The core; None where the operating system has no such control (macOS, Windows): then nothing happens.
-    """
-    previous = _cores()
-    if not hasattr(os, "sched_setaffinity"):
-        yield None
-        return
-    core = _current_core() if core is None else core
-    os.sched_setaffinity(0, {core})
-    try:
-        yield core
-    finally:
-        os.sched_setaffinity(0, previous)
-
-
 class PinnedThreads:
     """A few threads, each on its own core as far as there are enough, that share out a list of jobs.
 
