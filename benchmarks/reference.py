@@ -1,12 +1,12 @@
-"""Long reference for alanine dipeptide (ff96 + OBC1, unconstrained): biased replica exchange in OpenMM.
+"""Long reference for alanine dipeptide (ff96 + OBC1, unconstrained): biased replica exchange in batches.
 
     python benchmarks/reference.py run --minutes 60 --out DIR       # sample; the same command goes on where it stopped
     python benchmarks/reference.py analyse --out DIR --write FILE   # MBAR, error bars, the shipped .npz
     python benchmarks/reference.py check --temperature 600 --timestep 1 --minutes 2   # plain dynamics, no bias
 
-Five replicas between 300 and 600 K share one fixed bias V(phi, psi), learned first, which makes phi and psi diffuse
-freely. U and V are recorded apart, and MBAR over all states takes frames back to exp(-U/kT) exactly. Configurations do
-not depend on masses, so hydrogens weigh 4 amu and the time step is 2 fs; `check` tells what that costs.
+Hundreds of walkers between 300 and 600 K share one fixed bias V(phi, psi), learned first, which makes phi and psi
+diffuse freely, and exchange temperatures. U and V are recorded apart, and MBAR over all states takes frames back to
+exp(-U/kT) exactly. `run --part 1` samples beside `run --part 0`, on another core, with the bias that part 0 learned.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from pathlib import Path
 import numpy as np
 import openmm
 import reference_analysis
-from openmm import unit
+import torch
 from reference_analysis import BOLTZMANN
 from scipy.ndimage import gaussian_filter
 
+import openmm_tsf as tsf
+from openmm_tsf.geometry import dihedrals
+from openmm_tsf.langevin import BatchedLangevin, LangevinState
+
 TEMPERATURES = np.geomspace(300.0, 600.0, 5)
+WALKERS_PER_TEMPERATURE = 64
 SEED = 2026
-FRAME_STEPS, SWAP_STEPS, CHUNK_STEPS = 40, 80, 40_000
-LEARNING_ROUNDS, LEARNING_STEPS = 8, 32_000
+TIMESTEP_FS, FRICTION_PER_PS = 1.0, 1.0
+FRAME_STEPS, SWAP_STEPS, CHUNK_STEPS = 40, 80, 20_000
+LEARNING_ROUNDS, LEARNING_STEPS = 8, 10_000
 BIAS_SIZE, BIAS_CAP, BIAS_SHARE = 36, 30.0, 0.85
 DIHEDRALS = {"phi": (4, 6, 8, 14), "psi": (6, 8, 14, 16), "omega_1": (1, 4, 6, 8), "omega_2": (8, 14, 16, 18)}
 CENTRES = ((8, 6, 14, 10), (1, 0, 2, 3), (10, 11, 12, 13), (18, 19, 20, 21))
-BIAS_GROUP = 1
 
 
-def dihedral(positions: np.ndarray, atoms: tuple[int, int, int, int]) -> np.ndarray:
-    """Torsion angles [rad] in (-pi, pi], shape (...), of positions (..., atoms, 3) [nm]; IUPAC sign."""
-    a, b, c, d = (positions[..., i, :] for i in atoms)
-    axis = c - b
-    first, second = np.cross(b - a, axis), np.cross(axis, d - c)
-    sine = np.linalg.norm(axis, axis=-1) * np.sum((b - a) * second, axis=-1)
-    return np.arctan2(sine, np.sum(first * second, axis=-1))
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """Positions (walkers, atoms, 3) of positions (atoms, 3, walkers)."""
+    return x.permute(2, 0, 1)
 
 
 def handedness(positions: np.ndarray) -> np.ndarray:
@@ -52,103 +53,52 @@ def handedness(positions: np.ndarray) -> np.ndarray:
     return np.sign(np.stack(triples, axis=-1))
 
 
-class Walkers:
-    """Replicas with one Context each; the temperature wanders between them, the configuration stays.
+class Biased:
+    """Dynamics of all walkers in U + V, with V a table over (phi, psi).
 
     Args:
-        temperatures: one per walker [K].
-        timestep: [fs]; hydrogen_mass: [amu], configurations do not depend on it; seed: of velocities and noise.
+        table: V [kJ/mol], (BIAS_SIZE, BIAS_SIZE), nodes (phi, psi) at 2 pi i / BIAS_SIZE.
+        timestep: [fs].
     """
 
-    def __init__(self, temperatures: np.ndarray, *, timestep: float, hydrogen_mass: float, seed: int) -> None:
-        from openmmtools.testsystems import AlanineDipeptideImplicit
+    def __init__(self, table: np.ndarray, timestep: float = TIMESTEP_FS) -> None:
+        self.molecule = tsf.alanine_dipeptide()
+        self.isomer = handedness(self.molecule.positions)
+        cmap = openmm.CMAPTorsionForce()
+        cmap.addMap(BIAS_SIZE, table.T.ravel())
+        cmap.addTorsion(0, *DIHEDRALS["phi"], *DIHEDRALS["psi"])
+        system, alone = self.molecule.system, openmm.System()
+        for _ in range(self.molecule.n_atoms):
+            alone.addParticle(1.0)
+        alone.addForce(openmm.XmlSerializer.clone(cmap))
+        system.addForce(cmap)
+        energy = tsf.BatchedEnergy(system, self.molecule.positions, compile=True)
+        self.bias = tsf.BatchedEnergy(alone, self.molecule.positions, compile=False)
+        self.dynamics = BatchedLangevin(system, energy, timestep_fs=timestep, friction_per_ps=FRICTION_PER_PS)
 
-        molecule = AlanineDipeptideImplicit(constraints=None)
-        for atom in molecule.topology.atoms():
-            if atom.element.symbol == "H":
-                molecule.system.setParticleMass(atom.index, hydrogen_mass)
-        self.cmap = openmm.CMAPTorsionForce()
-        self.cmap.addMap(BIAS_SIZE, np.zeros(BIAS_SIZE**2))
-        self.cmap.addTorsion(0, *DIHEDRALS["phi"], *DIHEDRALS["psi"])
-        self.cmap.setForceGroup(BIAS_GROUP)
-        molecule.system.addForce(self.cmap)
-        self.temperatures, self.generator = np.array(temperatures), np.random.default_rng(seed)
-        self.state = np.arange(len(temperatures))
-        self.start = np.asarray(molecule.positions.value_in_unit(unit.nanometer))
-        self.isomer = handedness(self.start)
-        platform = openmm.Platform.getPlatformByName("CPU")
-        self.contexts = []
-        for number, temperature in enumerate(temperatures):
-            integrator = openmm.LangevinMiddleIntegrator(float(temperature), 1.0, timestep * 1e-3)
-            integrator.setRandomNumberSeed(seed + number + 1)
-            context = openmm.Context(molecule.system, integrator, platform, {"Threads": "1"})
-            context.setPositions(self.start)
-            openmm.LocalEnergyMinimizer.minimize(context, 10.0)
-            context.setVelocitiesToTemperature(float(temperature), seed + 100 + number)
-            self.contexts.append(context)
+    def start(self, generator: torch.Generator) -> LangevinState:
+        """Every walker at the reference geometry."""
+        levels = np.tile(TEMPERATURES, WALKERS_PER_TEMPERATURE)
+        return self.dynamics.start(self.molecule.positions, levels, generator=generator)
 
-    def set_bias(self, table: np.ndarray) -> None:
-        """Put V [kJ/mol], nodes (phi, psi) at 2 pi i / BIAS_SIZE, into every replica."""
-        self.cmap.setMapParameters(0, BIAS_SIZE, table.T.ravel())
-        for context in self.contexts:
-            self.cmap.updateParametersInContext(context)
-
-    def save(self) -> dict[str, np.ndarray]:
-        """Positions, velocities and temperature indices, to go on from."""
-        states = [context.getState(positions=True, velocities=True) for context in self.contexts]
-        positions = [state.getPositions(asNumpy=True)._value for state in states]
-        velocities = [state.getVelocities(asNumpy=True)._value for state in states]
-        return {"positions": np.array(positions), "velocities": np.array(velocities), "state": self.state}
-
-    def restore(self, saved: dict[str, np.ndarray]) -> None:
-        """Go on from what `save` gave (with fresh random numbers)."""
-        self.state = saved["state"].copy()
-        for walker, context in enumerate(self.contexts):
-            context.setPositions(saved["positions"][walker])
-            context.setVelocities(saved["velocities"][walker])
-            context.getIntegrator().setTemperature(self.temperatures[self.state[walker]])
-
-    def swap(self, energies: np.ndarray) -> tuple[int, int]:
-        """Metropolis exchange between neighbouring temperatures, given U + V [kJ/mol]; accepted and tried."""
-        beta = 1.0 / (BOLTZMANN * self.temperatures)
-        accepted = tried = 0
-        for low in range(self.generator.integers(2), len(beta) - 1, 2):
-            i, j = np.flatnonzero(self.state == low)[0], np.flatnonzero(self.state == low + 1)[0]
-            log_ratio = (beta[low] - beta[low + 1]) * (energies[i] - energies[j])
-            tried += 1
-            if np.log(self.generator.random()) < log_ratio:
-                accepted += 1
-                self._set_state(i, low + 1)
-                self._set_state(j, low)
-        return accepted, tried
-
-    def _set_state(self, walker: int, state: int) -> None:
-        scale = np.sqrt(self.temperatures[state] / self.temperatures[self.state[walker]])
-        context = self.contexts[walker]
-        context.setVelocities(scale * context.getState(velocities=True).getVelocities(asNumpy=True)._value)
-        context.getIntegrator().setTemperature(self.temperatures[state])
-        self.state[walker] = state
-
-    def run(self, n_steps: int) -> dict[str, np.ndarray]:
-        """Frames every FRAME_STEPS, swaps every SWAP_STEPS: arrays (frames, walkers) in kJ/mol and rad."""
-        n_frames, n_walkers = n_steps // FRAME_STEPS, len(self.contexts)
-        positions = np.empty((n_frames, n_walkers, *self.start.shape))
-        energies, swaps = np.empty((2, n_frames, n_walkers)), np.zeros(2, dtype=int)
-        states = np.empty((n_frames, n_walkers), dtype=np.int8)
-        for frame in range(n_frames):
-            states[frame] = self.state
-            for walker, context in enumerate(self.contexts):
-                context.getIntegrator().step(FRAME_STEPS)
-                state = context.getState(positions=True, energy=True)
-                bias = context.getState(energy=True, groups={BIAS_GROUP})
-                positions[frame, walker] = state.getPositions(asNumpy=True)._value
-                energies[:, frame, walker] = state.getPotentialEnergy()._value, bias.getPotentialEnergy()._value
+    def run(
+        self, state: LangevinState, n_steps: int, generator: torch.Generator
+    ) -> tuple[LangevinState, dict[str, np.ndarray]]:
+        """The state n_steps later; frames every FRAME_STEPS as arrays (frames, walkers) in kJ/mol and rad."""
+        quartets = torch.tensor(list(DIHEDRALS.values()))
+        frames, swaps = [], np.zeros(2, dtype=int)
+        for frame in range(n_steps // FRAME_STEPS):
+            state = self.dynamics.run(state, FRAME_STEPS, generator=generator)
+            level = np.searchsorted(TEMPERATURES, state.temperatures.numpy() - 1e-6).astype(np.int8)
+            x, bias = rows(state.positions), self.bias.evaluate(state.positions)[0]
+            angles = dict(zip(DIHEDRALS, dihedrals(x, quartets).T.numpy(), strict=True))
+            same = (handedness(x.numpy()) == self.isomer).all(-1)
+            found = {"energy": (state.energies - bias).numpy(), "bias": bias.numpy(), "state": level}
+            frames.append(angles | found | {"same_isomer": same})
             if (frame + 1) % (SWAP_STEPS // FRAME_STEPS) == 0:
-                swaps += self.swap(energies[0, frame])
-        frames = {name: dihedral(positions, atoms).astype(np.float32) for name, atoms in DIHEDRALS.items()}
-        frames |= {"energy": energies[0] - energies[1], "bias": energies[1], "state": states, "swaps": swaps}
-        frames["same_isomer"] = (handedness(positions) == self.isomer).all(-1)
-        return frames
+                state, info = self.dynamics.swap(state, generator=generator)
+                swaps += [int(info.n_accepted.sum()), int(info.n_tried.sum())]
+        return state, {key: np.stack([frame[key] for frame in frames]) for key in frames[0]} | {"swaps": swaps}
 
 
 def learned_bias(table: np.ndarray, frames: dict[str, np.ndarray]) -> np.ndarray:
@@ -162,15 +112,19 @@ def learned_bias(table: np.ndarray, frames: dict[str, np.ndarray]) -> np.ndarray
     return np.clip(new - new.max() + BIAS_SHARE * BIAS_CAP, 0.0, None)
 
 
-def learn(walkers: Walkers) -> np.ndarray:
-    """The fixed bias [kJ/mol], from a few rounds of sampling and flattening."""
-    table = np.zeros((BIAS_SIZE, BIAS_SIZE))
+def learn(generator: torch.Generator) -> tuple[np.ndarray, LangevinState]:
+    """The fixed bias [kJ/mol], from a few rounds of sampling and flattening, and the walkers after them."""
+    table, state = np.zeros((BIAS_SIZE, BIAS_SIZE)), None
     for number in range(LEARNING_ROUNDS):
-        frames = walkers.run(LEARNING_STEPS // 2 if number == 0 else LEARNING_STEPS)
+        biased = Biased(table)
+        if state is None:
+            state = biased.start(generator)
+        else:
+            state = biased.dynamics.resume(state.positions, state.velocities, state.temperatures)
+        state, frames = biased.run(state, LEARNING_STEPS, generator)
         table = learned_bias(table, frames)
-        walkers.set_bias(table)
         print(f"round {number}: phi > 0 share of frames {np.mean(frames['phi'] > 0):.3f}", flush=True)
-    return table
+    return table, state
 
 
 def write_atomic(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -180,28 +134,41 @@ def write_atomic(path: Path, arrays: dict[str, np.ndarray]) -> None:
     os.replace(partial, path)
 
 
-def run(out: Path, minutes: float, timestep: float, hydrogen_mass: float) -> None:
-    """Sample into out/chunk_*.npz for some minutes, going on from the last whole chunk."""
+def saved(state: LangevinState) -> dict[str, np.ndarray]:
+    """What `restored` needs."""
+    kept = {name: getattr(state, name).numpy() for name in ("positions", "velocities", "temperatures")}
+    return {f"last_{name}": value for name, value in kept.items()}
+
+
+def restored(biased: Biased, arrays: dict[str, np.ndarray]) -> LangevinState:
+    """The state that was `saved`."""
+    names = ("positions", "velocities", "temperatures")
+    return biased.dynamics.resume(*(torch.from_numpy(arrays[f"last_{name}"]) for name in names))
+
+
+def run(out: Path, minutes: float, part: int) -> None:
+    """Sample into out/chunk_<part>_*.npz for some minutes, going on from the last whole chunk."""
     begun = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    number = len(list(out.glob("chunk_?????.npz")))
-    walkers = Walkers(TEMPERATURES, timestep=timestep, hydrogen_mass=hydrogen_mass, seed=SEED + 1000 * number)
+    number = len(list(out.glob(f"chunk_{part}_?????.npz")))
+    generator = torch.Generator().manual_seed(SEED + 1000 * number + 1_000_000 * part)
     if not (out / "bias.npz").exists():
-        table = learn(walkers)
-        write_atomic(out / "bias.npz", {"table": table, **walkers.save()})
-        settings = {"seed": SEED, "timestep_fs": timestep, "hydrogen_mass_amu": hydrogen_mass, "friction_per_ps": 1.0}
-        settings |= {"frame_steps": FRAME_STEPS, "swap_steps": SWAP_STEPS, "openmm": openmm.__version__}
+        if part != 0:
+            raise SystemExit("part 0 has not learned the bias yet")
+        table, state = learn(generator)
+        settings = {"seed": SEED, "timestep_fs": TIMESTEP_FS, "hydrogen_mass_amu": 1.008, "openmm": openmm.__version__}
+        settings |= {"friction_per_ps": FRICTION_PER_PS, "frame_steps": FRAME_STEPS, "swap_steps": SWAP_STEPS}
         settings |= {"sampled_temperatures": TEMPERATURES.tolist(), "chunk_steps": CHUNK_STEPS}
-        (out / "settings.json").write_text(json.dumps(settings))
-    walkers.set_bias(np.load(out / "bias.npz")["table"])
-    if number:
-        last = np.load(out / f"chunk_{number - 1:05d}.npz")
-        walkers.restore({key: last[key] for key in ("positions", "velocities")} | {"state": last["last_state"]})
+        settings |= {"walkers_per_temperature": WALKERS_PER_TEMPERATURE, "engine": "BatchedEnergy, float32"}
+        (out / "settings.json").write_text(json.dumps(settings | {"torch": torch.__version__}))
+        write_atomic(out / "bias.npz", {"table": table, **saved(state)})
+    start = dict(np.load(out / "bias.npz"))
+    biased = Biased(start["table"])
+    last = dict(np.load(out / f"chunk_{part}_{number - 1:05d}.npz")) if number else start
+    state = restored(biased, last)
     while time.monotonic() - begun < 60.0 * minutes:
-        frames = walkers.run(CHUNK_STEPS)
-        saved = walkers.save()
-        saved["last_state"] = saved.pop("state")
-        write_atomic(out / f"chunk_{number:05d}.npz", frames | saved)
+        state, frames = biased.run(state, CHUNK_STEPS, generator)
+        write_atomic(out / f"chunk_{part}_{number:05d}.npz", frames | saved(state))
         left, swaps = np.mean(frames["phi"] > 0), frames["swaps"]
         print(f"chunk {number}: {time.monotonic() - begun:.0f} s, phi > 0 {left:.3f}, swaps {swaps}", flush=True)
         number += 1
@@ -226,63 +193,66 @@ def bond_temperature(positions: np.ndarray, gradient: np.ndarray, bonds: list[tu
     return float(work / (BOLTZMANN * divergence))
 
 
-def check_block(context: openmm.Context, bonds: list, n_frames: int, n_steps: int) -> tuple[float, ...]:
-    """Means over a block: U, U^2, alpha_L share, phi > 0 share, bond temperature."""
-    energies, positions, gradients = [], [], []
+def check_block(dynamics: BatchedLangevin, state: LangevinState, bonds: list, n_frames: int, n_steps: int) -> tuple:
+    """The state after a block, and means over it: U, U^2, alpha_L share, phi > 0 share, bond temperature, kinetic
+    temperature."""
+    generator = torch.Generator().manual_seed(state.step)
+    found = []
     for _ in range(n_frames):
-        context.getIntegrator().step(n_steps)
-        state = context.getState(positions=True, energy=True, forces=True)
-        energies.append(state.getPotentialEnergy()._value)
-        positions.append(state.getPositions(asNumpy=True)._value)
-        gradients.append(-state.getForces(asNumpy=True)._value)
-    positions, energies = np.array(positions), np.array(energies)
-    phi = dihedral(positions, DIHEDRALS["phi"])
-    shares = np.mean((phi > 0) & (phi < 2.4)), np.mean(phi > 0)
-    bond = bond_temperature(positions, np.array(gradients), bonds)
-    return energies.mean(), np.mean(energies**2), *shares, bond
+        state = dynamics.run(state, n_steps, generator=generator)
+        x = rows(state.positions)
+        phi = dihedrals(x, torch.tensor([DIHEDRALS["phi"]])).numpy()
+        bond = bond_temperature(x.numpy().astype(float), -rows(state.forces).numpy().astype(float), bonds)
+        energies, kinetic = state.energies.double(), float(dynamics.kinetic_temperatures(state).double().mean())
+        shares = np.mean((phi > 0) & (phi < 2.4)), np.mean(phi > 0)
+        found.append((float(energies.mean()), float((energies**2).mean()), *shares, bond, kinetic))
+    return state, np.mean(found, axis=0)
 
 
-def check(temperature: float, minutes: float, timestep: float, hydrogen_mass: float, seed: int) -> None:
-    """Plain Langevin dynamics at one temperature: <U>, var U, shares and bond temperature, with block errors."""
-    walkers = Walkers(np.array([temperature]), timestep=timestep, hydrogen_mass=hydrogen_mass, seed=seed)
-    context = walkers.contexts[0]
-    harmonic = next(f for f in context.getSystem().getForces() if isinstance(f, openmm.HarmonicBondForce))
+def check(temperature: float, minutes: float, timestep: float, n_walkers: int = 256) -> None:
+    """Plain Langevin dynamics at one temperature: <U>, var U, shares and temperatures, with errors from blocks."""
+    molecule = tsf.alanine_dipeptide()
+    energy = tsf.BatchedEnergy(molecule.system, molecule.positions, compile=True)
+    dynamics = BatchedLangevin(molecule.system, energy, timestep_fs=timestep, friction_per_ps=FRICTION_PER_PS)
+    harmonic = next(f for f in molecule.system.getForces() if isinstance(f, openmm.HarmonicBondForce))
     parameters = [harmonic.getBondParameters(index) for index in range(harmonic.getNumBonds())]
     bonds = [(i, j, length._value) for i, j, length, _ in parameters]
-    context.getIntegrator().step(round(20_000 / timestep))
+    generator = torch.Generator().manual_seed(SEED)
+    state = dynamics.start(molecule.positions, np.full(n_walkers, temperature), generator=generator)
+    state = dynamics.run(state, round(20_000 / timestep), generator=generator)
     begun, blocks = time.monotonic(), []
     while time.monotonic() - begun < 60.0 * minutes or len(blocks) < 3:
-        blocks.append(check_block(context, bonds, 1000, round(8 / timestep)))
+        state, means = check_block(dynamics, state, bonds, 20, round(50 / timestep))
+        blocks.append(means)
     blocks = np.array(blocks)
     mean = blocks.mean(axis=0)
     blocks[:, 1] += mean[0] ** 2 - 2.0 * mean[0] * blocks[:, 0]
     mean, error = blocks.mean(axis=0), blocks.std(axis=0, ddof=1) / np.sqrt(len(blocks))
-    print(f"{temperature:g} K, {timestep:g} fs, H {hydrogen_mass:g} amu, {len(blocks)} blocks of 8 ps:")
-    for name, value, deviation in zip(("<U>", "var U", "alpha_L", "phi > 0", "T of bonds"), mean, error, strict=True):
+    print(f"{temperature:g} K, {timestep:g} fs, {n_walkers} walkers, {len(blocks)} blocks of 1 ps:")
+    for name, value, deviation in zip(
+        ("<U>", "var U", "alpha_L", "phi > 0", "T of bonds", "T of velocities"), mean, error, strict=True
+    ):
         print(f"  {name} {value:.4f} +- {deviation:.4f}")
 
 
 def main() -> None:
     """Parse the command line and run one of the three parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("run", "analyse", "check"))
+    parser.add_argument("what", choices=("run", "analyse", "check"))
     parser.add_argument("--out", type=Path, help="directory of raw frames (run, analyse)")
     parser.add_argument("--write", type=Path, help="the .npz to make (analyse)")
     parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--timestep", type=float, default=2.0, help="fs")
-    parser.add_argument("--hydrogen-mass", type=float, default=4.0, help="amu")
+    parser.add_argument("--part", type=int, default=0, help="of several runs beside each other (run)")
+    parser.add_argument("--timestep", type=float, default=TIMESTEP_FS, help="fs (check)")
     parser.add_argument("--temperature", type=float, default=600.0, help="K (check)")
-    parser.add_argument("--seed", type=int, default=SEED, help="of the check; the run has its own")
-    parser.add_argument("--core", type=int, help="pin to this core: OpenMM's CPU platform is several times faster so")
     options = parser.parse_args()
-    if options.core is not None:
-        os.sched_setaffinity(0, {options.core})
-    if options.part == "run":
-        run(options.out, options.minutes, options.timestep, options.hydrogen_mass)
-    elif options.part == "analyse":
+    torch.set_num_threads(1)
+    if options.what == "run":
+        run(options.out, options.minutes, options.part)
+    elif options.what == "analyse":
         reference_analysis.analyse(options.out, options.write)
     else:
-        check(options.temperature, options.minutes, options.timestep, options.hydrogen_mass, options.seed)
+        check(options.temperature, options.minutes, options.timestep)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 Every frame was sampled with the bias V; the mixture of all sampled states is its density, so a frame's weight at a
 temperature is exp(-U/kT) / sum_k N_k exp(f_k - beta_k (U + V)), with f_k from MBAR (Shirts and Chodera 2008).
-Errors: time is cut into contiguous blocks (all walkers together), blocks are drawn with replacement, and everything,
-f_k included, is computed again.
+Errors: walkers are dealt into blocks, blocks are drawn with replacement, and everything, f_k included, is computed
+again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scipy.special import logsumexp
 from openmm_tsf.units import BOLTZMANN
 
 TARGETS = np.array([300.0, 350.0, 400.0, 424.0, 450.0, 500.0, 550.0, 600.0])
-N_BINS, N_ENERGY_BINS, N_BLOCKS, N_REPLICATES, THIN, SEED = 64, 100, 40, 200, 5, 2026
+N_BINS, N_ENERGY_BINS, N_BLOCKS, N_REPLICATES, THIN, SEED = 64, 100, 64, 100, 20, 2026
 BASINS = {
     "alpha_left": "0 < phi < 2.4 rad",
     "alpha_right": "not alpha_left, and -120 < psi < 50 degrees",
@@ -54,22 +54,24 @@ class Figures(NamedTuple):
 
 
 def load(out: Path) -> Raw:
-    """Read every whole chunk but the first, which is equilibration in the fixed bias.
+    """Read every whole chunk but the first of each part, which is equilibration in the fixed bias.
 
     Raises:
         ValueError: there are fewer than two chunks.
     """
-    paths = sorted(out.glob("chunk_?????.npz"))[1:]
+    paths = [path for path in sorted(out.glob("chunk_*.npz")) if not path.stem.endswith("_00000")]
     if not paths:
         raise ValueError(f"{out} holds fewer than two chunks; run longer")
     chunks = [dict(np.load(path)) for path in paths]
-    columns = {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0] if key != "swaps"}
+    names = ("phi", "psi", "omega_1", "omega_2", "energy", "bias", "state", "same_isomer")
+    columns = {key: np.concatenate([chunk[key] for chunk in chunks]) for key in names}
     shape = columns["phi"].shape
     keep = columns["same_isomer"].copy()
     for name in ("omega_1", "omega_2"):
         keep &= np.abs(columns[name]) > np.pi / 2.0
     flat = {key: columns[key].ravel() for key in ("phi", "psi", "energy", "bias", "state")}
     swaps = np.sum([chunk["swaps"] for chunk in chunks], axis=0)
+    flat["state"] = flat["state"].astype(np.int64)
     return Raw(**flat, keep=keep.ravel(), shape=shape, swaps=swaps)
 
 
@@ -81,18 +83,18 @@ def solve(reduced: np.ndarray, counts: np.ndarray, start: np.ndarray | None) -> 
 
 
 class Analysis:
-    """Weights and figures of any multiset of time blocks.
+    """Weights and figures of any multiset of blocks of walkers.
 
     Args:
         raw: the frames.
         temperatures: those sampled [K].
-        n_blocks: contiguous blocks that time is cut into.
+        n_blocks: that the walkers are dealt into.
     """
 
     def __init__(self, raw: Raw, temperatures: np.ndarray, n_blocks: int) -> None:
         self.raw, self.n_blocks, self.n_states = raw, n_blocks, len(temperatures)
-        times = np.repeat(np.arange(raw.shape[0]), raw.shape[1])
-        self.block = np.where(raw.keep, times * n_blocks // raw.shape[0], -1)
+        walkers = np.tile(np.arange(raw.shape[1]), raw.shape[0])
+        self.block = np.where(raw.keep, walkers % n_blocks, -1)
         beta = 1.0 / (BOLTZMANN * np.asarray(temperatures))
         self.reduced = beta[:, None] * (raw.energy + raw.bias)
         self.cell = _bin(raw.phi) * N_BINS + _bin(raw.psi)
@@ -134,7 +136,9 @@ class Analysis:
             mean = weight @ energy
             basins = np.bincount(self.basin, weights=weight, minlength=3)
             cells = np.bincount(self.cell, weights=weight, minlength=N_BINS**2).reshape(N_BINS, N_BINS)
-            levels = np.histogram(energy, edges, weights=weight)[0]
+            level = np.floor((energy - edges[0]) * (N_ENERGY_BINS / (edges[-1] - edges[0]))).astype(np.int64)
+            inside = (level >= 0) & (level < N_ENERGY_BINS)
+            levels = np.bincount(level[inside], weights=weight[inside], minlength=N_ENERGY_BINS)
             spread = weight @ (energy - mean) ** 2
             row = (basins[0], weight[self.raw.phi > 0.0].sum(), mean, spread, basins, cells, levels / levels.sum())
             rows.append((*row, 1.0 / np.sum(weight**2)))
@@ -217,13 +221,14 @@ def described(raw: Raw, settings: dict, analysis: Analysis) -> dict:
     frame_ps = settings["frame_steps"] * settings["timestep_fs"] * 1e-3
     return {
         "molecule": "alanine dipeptide, ff96 + OBC1, no constraints (openmmtools AlanineDipeptideImplicit)",
-        "method": "replica exchange with a fixed bias on (phi, psi), MBAR; errors by bootstrap over time blocks",
+        "method": "replica exchange with a fixed bias on (phi, psi), MBAR; errors by bootstrap over walkers",
         "n_effective_is": "(sum sqrt(p(1-p)) / sum error(p))^2 over Ramachandran bins; _kish: of the weights",
         "basins": BASINS,
         "nanoseconds": raw.phi.size * frame_ps * 1e-3,
         "frame_ps": frame_ps,
         "phi_autocorrelation_ps": autocorrelation_frames(raw) * frame_ps,
-        "block_ps_per_walker": raw.shape[0] / analysis.n_blocks * frame_ps,
+        "picoseconds_per_walker": raw.shape[0] * frame_ps,
+        "n_walkers": raw.shape[1],
         "transitions": transitions(raw),
         "swap_acceptance": float(raw.swaps[0] / raw.swaps[1]),
         "n_dropped_isomer": int((~raw.keep).sum()),

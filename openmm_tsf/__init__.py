@@ -5,7 +5,7 @@ The public names below load on first use, so that importing the package is quick
     import openmm_tsf as tsf
 
     molecule = tsf.alanine_dipeptide()
-    energy = tsf.OpenMMEnergy(molecule.system)
+    energy = tsf.BatchedEnergy(molecule.system, molecule.positions)
     flow = tsf.pretrained("ala2")
     ensemble = tsf.draw(flow, energy, temperature=300.0, n=1000, generator=torch.Generator().manual_seed(1))
 """
@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "systems": ("Molecule", "alanine_dipeptide"),
     "trajectories": ("Frames", "load_frames"),
-    "energy": ("OpenMMEnergy",),
+    "energy": ("BatchedEnergy", "OpenMMEnergy"),
     "zmatrix": ("ZMatrix", "build_zmatrix"),
     "internals": ("FlatInternals",),
     "flow": ("Flow", "FlowSettings", "SteeredFlow", "build_flow"),

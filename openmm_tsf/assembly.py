@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from dataclasses import asdict
 
 import torch
 
-from .energy import OpenMMEnergy
+from .energy import BatchedEnergy, OpenMMEnergy, choose_energy
 from .flow import Flow, build_flow
 from .settings import Config, EnergySettings, MoleculeSettings, ZMatrixSettings
 from .systems import Molecule, alanine_dipeptide
@@ -34,11 +35,9 @@ def load_molecule(settings: MoleculeSettings) -> Molecule:
     )
 
 
-def open_energy(molecule: Molecule, settings: EnergySettings) -> OpenMMEnergy:
-    """The energy of a molecule on the platform that a configuration names."""
-    return OpenMMEnergy(
-        molecule.system, settings.platform, precision=settings.precision, device_index=settings.device_index
-    )
+def open_energy(molecule: Molecule, settings: EnergySettings) -> BatchedEnergy | OpenMMEnergy:
+    """The energy of a molecule by the engine that a configuration names."""
+    return choose_energy(molecule.system, molecule.positions, **asdict(settings))
 
 
 def stage_seed(seed: int, purpose: str) -> int:

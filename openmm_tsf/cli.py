@@ -179,7 +179,12 @@ def sample(
         float, typer.Option(min=0.0, max=0.99, help="Share of the draws spread over all basins, for rare ones.")
     ] = 0.1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 1,
-    platform: Annotated[str | None, typer.Option(help="OpenMM platform: CUDA, OpenCL, CPU, Reference.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="batched or openmm; by default batched where the force field allows.")
+    ] = None,
+    platform: Annotated[
+        str | None, typer.Option(help="OpenMM platform (engine openmm): CUDA, OpenCL, CPU, Reference.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Draw a weighted ensemble at any temperature, and say how far to trust it."""
@@ -194,8 +199,9 @@ def sample(
 
     with Bar("sample") as bar:
         rows, path = sample_to_file(
-            source, temperature, n=n, out=out, at=at, explore=explore, seed=seed, platform=platform, progress=bar
-        )
+            source, temperature, n=n, out=out, at=at, explore=explore, seed=seed, engine=engine, platform=platform,
+            progress=bar,
+        )  # fmt: skip
     table(f"{path} at {temperature:g} K", rows)
 
 

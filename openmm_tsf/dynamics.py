@@ -19,16 +19,20 @@ from typing import Any
 import numpy as np
 from openmm import app, unit
 
+from openmm_tsf.batched_walkers import BatchedWalkers
 from openmm_tsf.dcd import GrowingDcd
+from openmm_tsf.energy.engines import batched_energy
 from openmm_tsf.files import whole
 from openmm_tsf.storage import read_npz, write_npz
 from openmm_tsf.systems import Molecule
 from openmm_tsf.trajectories import Frames, load_frames
 from openmm_tsf.units import to_kelvin
-from openmm_tsf.walkers import Plan, State, Walkers
+from openmm_tsf.walkers import OpenMMWalkers, Plan, State
 
 Progress = Callable[[int, int, str], None]
 STATE_FILE = "simulation.npz"
+N_WALKERS = {True: 128, False: 8}
+"""Default numbers of walkers of batches and of OpenMM."""
 
 
 def simulate(
@@ -39,18 +43,21 @@ def simulate(
     spacing_fs: float,
     directory: str | Path,
     seed: int,
-    n_walkers: int = 8,
+    n_walkers: int | None = None,
     timestep_fs: float | None = None,
     friction_per_ps: float = 1.0,
     equilibration_ps: float = 20.0,
+    engine: str | None = None,
     platform: Any = None,
+    precision: str | None = None,
+    device_index: Any = None,
     progress: Progress | None = None,
 ) -> Frames:
     """Sample the Boltzmann distribution by Langevin dynamics; go on where an earlier call was interrupted.
 
     Walkers start from the minimised reference geometry with velocities of their own. Writes `training.dcd`,
     `topology.pdb` and `simulation.npz` (the state to go on from) into the directory. A run that is complete returns at
-    once. On one platform the frames are the same to the last bit however often the run was interrupted and however
+    once. With one engine the frames are the same to the last bit however often the run was interrupted and however
     many cores it had.
 
     Args:
@@ -60,11 +67,14 @@ def simulate(
         spacing_fs: time between frames of a walker [fs], a multiple of the time step.
         directory: made if need be.
         seed: 0 or above; with the other settings it decides the frames.
-        n_walkers: number of independent trajectories.
+        n_walkers: number of independent trajectories; by default 128 in batches and 8 with OpenMM.
         timestep_fs: [fs]; by default 1, and 2 if bonds are constrained.
         friction_per_ps: of the LangevinMiddle integrator [1/ps].
         equilibration_ps: time dropped at the beginning of each walker [ps].
-        platform: see `OpenMMEnergy`; by default the CPU for molecules of up to 100 atoms.
+        engine: "batched" (all walkers at once, in single precision), "openmm", or None: batches where the System
+            allows and no platform is named.
+        platform, precision, device_index: of OpenMM, see `OpenMMEnergy`; by default the CPU for molecules of up to 100
+            atoms.
         progress: called with (frames so far, frames in all, message) after each segment.
 
     Raises:
@@ -73,42 +83,50 @@ def simulate(
         OSError: the directory cannot be written or the disk is full; what was complete before stays good.
     """
     timestep_fs = float(timestep_fs or (2.0 if molecule.constraints else 1.0))
+    options = {"platform": platform, "precision": precision, "device_index": device_index}
+    energy = batched_energy(molecule.system, molecule.positions, engine=engine, **options)
+    n_walkers = N_WALKERS[energy is not None] if n_walkers is None else n_walkers
     plan = Plan(
         to_kelvin(temperature), n_frames, float(spacing_fs), n_walkers, timestep_fs, float(friction_per_ps),
-        float(equilibration_ps), seed, _digest(molecule),
+        float(equilibration_ps), seed, _digest(molecule), "openmm" if energy is None else "batched",
     )  # fmt: skip
     directory = Path(directory).expanduser()
     state = _load_state(directory, plan)
     if state is None or state.row < plan.n_rows:
-        _run(molecule, plan, directory, state, platform, progress or (lambda done, total, message: None))
+        walkers = OpenMMWalkers(molecule, plan, **options) if energy is None else BatchedWalkers(molecule, plan, energy)
+        try:
+            _run(molecule, plan, directory, state, walkers, progress or (lambda done, total, message: None))
+        finally:
+            walkers.close()
     return load_frames(directory / "training.dcd", molecule, plan.temperature, n_walkers=plan.n_walkers)
 
 
 def _run(
-    molecule: Molecule, plan: Plan, directory: Path, state: State | None, platform: Any, progress: Progress
+    molecule: Molecule,
+    plan: Plan,
+    directory: Path,
+    state: State | None,
+    walkers: BatchedWalkers | OpenMMWalkers,
+    progress: Progress,
 ) -> None:
     n_total = (plan.n_rows - plan.n_dropped) * plan.n_walkers
-    walkers = Walkers(molecule, plan, platform)
+    if state is None:
+        state = _begin(molecule, plan, directory, walkers)
+    n_frames = max(0, state.row - plan.n_dropped) * plan.n_walkers
+    dcd = GrowingDcd(
+        directory / "training.dcd", molecule.topology, plan.timestep_fs / 1000.0, plan.steps_per_row, n_frames
+    )
     try:
-        if state is None:
-            state = _begin(molecule, plan, directory, walkers)
-        n_frames = max(0, state.row - plan.n_dropped) * plan.n_walkers
-        dcd = GrowingDcd(
-            directory / "training.dcd", molecule.topology, plan.timestep_fs / 1000.0, plan.steps_per_row, n_frames
-        )
-        try:
-            while state.row < plan.n_rows:
-                progress(dcd.n_frames, n_total, _message(plan, state.row))
-                n_rows = min(walkers.rows_per_segment, plan.n_rows - state.row)
-                n_dropped = max(0, plan.n_dropped - state.row)
-                state, frames = walkers.advance(state, n_rows)
-                dcd.append(frames[n_dropped:].reshape(-1, molecule.n_atoms, 3))
-                _save_state(directory, plan, state)
+        while state.row < plan.n_rows:
             progress(dcd.n_frames, n_total, _message(plan, state.row))
-        finally:
-            dcd.close()
+            n_rows = min(walkers.rows_per_segment, plan.n_rows - state.row)
+            n_dropped = max(0, plan.n_dropped - state.row)
+            state, frames = walkers.advance(state, n_rows)
+            dcd.append(frames[n_dropped:].reshape(-1, molecule.n_atoms, 3))
+            _save_state(directory, plan, state)
+        progress(dcd.n_frames, n_total, _message(plan, state.row))
     finally:
-        walkers.close()
+        dcd.close()
 
 
 def _message(plan: Plan, row: int) -> str:
@@ -118,7 +136,7 @@ def _message(plan: Plan, row: int) -> str:
     return f"{plan.n_walkers} walkers at {plan.temperature:g} K"
 
 
-def _begin(molecule: Molecule, plan: Plan, directory: Path, walkers: Walkers) -> State:
+def _begin(molecule: Molecule, plan: Plan, directory: Path, walkers: BatchedWalkers | OpenMMWalkers) -> State:
     """A new directory with the topology and the state at time zero."""
     if (directory / "training.dcd").exists():
         raise ValueError(

@@ -13,8 +13,9 @@ import torch
 from . import __version__
 from .analysis import alpha_left, phi_psi
 from .checkpoint import flow_info, load_flow, pretrained_path
-from .energy import OpenMMEnergy
+from .energy import BatchedEnergy, choose_energy
 from .energy.platforms import available_platforms, n_cores
+from .energy.unsupported import UnsupportedForce
 from .ensemble import Ensemble, draw
 from .stages import ensemble_name, save_frames
 from .systems import Molecule
@@ -36,7 +37,7 @@ def flow_path(source: str) -> Path:
 
 def sample_to_file(
     source: str, temperature: float, *, n: int, out: Path | None, at: float | None, explore: float, seed: int,
-    platform: str | None, progress: Callable[[int, int, str], None] | None = None,
+    engine: str | None = None, platform: str | None = None, progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[dict[str, str], Path]:  # fmt: skip
     """Draw an ensemble and write it; everything that can go wrong with the file is tried before the work is done.
 
@@ -48,7 +49,7 @@ def sample_to_file(
         at: temperature the flow runs at [K]; by default that of the ensemble.
         explore: share of the draws spread over all basins.
         seed: of the draws.
-        platform: of OpenMM.
+        engine, platform: as in `choose_energy`.
         progress: told of the draws.
 
     Returns:
@@ -57,7 +58,7 @@ def sample_to_file(
     out = Path(f"{ensemble_name(temperature)}.npz") if out is None else out
     _check_target(out)
     flow = load_flow(flow_path(source))
-    energy = OpenMMEnergy(flow.molecule.system, platform)
+    energy = choose_energy(flow.molecule.system, flow.molecule.positions, engine=engine, platform=platform)
     generator = torch.Generator().manual_seed(seed)
     begin = time.perf_counter()
     ensemble = draw(
@@ -103,7 +104,8 @@ def describe_flow(source: str) -> tuple[str, dict[str, str], str]:
         "sha256": facts["sha256"],
         "format": facts["format"],
     }
-    return str(path), rows, f"internal coordinates\n{load_flow(path).zmatrix}"
+    flow = load_flow(path)
+    return str(path), rows, f"{_energy_table(flow.molecule)}\n\ninternal coordinates\n{flow.zmatrix}"
 
 
 def describe_machine() -> tuple[str, dict[str, str], str]:
@@ -114,6 +116,22 @@ def describe_machine() -> tuple[str, dict[str, str], str]:
     gpu = torch.cuda.is_available()
     rows["CUDA in torch"] = torch.cuda.get_device_name() if gpu else "none"
     return "openmm-tsf", rows, ""
+
+
+def _energy_table(molecule: Molecule) -> str:
+    """The terms of the batched energy beside OpenMM's."""
+    try:
+        energy = BatchedEnergy(molecule.system, molecule.positions, verify=False)
+    except UnsupportedForce as error:
+        return f"energies one by one with OpenMM: {error}"
+    found = energy.agreements(molecule.positions)
+    n = found[0].n if found else 0
+    lines = [f"energies in batches, compared with OpenMM's Reference platform on {n} geometries"]
+    lines += [f"  {'term':24} {'largest, kJ/mol':>16} {'difference':>11} {'of forces':>10}"]
+    for a in found:
+        note = "" if a.allowed else "   NOT WITHIN ROUNDING"
+        lines.append(f"  {a.label:24} {a.energy:16.4f} {a.energy_error:11.1e} {a.force_error:10.1e}{note}")
+    return "\n".join(lines)
 
 
 def _check_target(out: Path) -> None:

@@ -72,20 +72,26 @@ class ZMatrixSettings:
 
 @dataclass(frozen=True)
 class EnergySettings:
-    """Where OpenMM runs.
+    """What computes energies, in every stage.
 
     Args:
+        engine: "batched" (whole batches at once) or "openmm"; by default batches where the force field allows and none
+            of the other keys is given, which are OpenMM's.
         platform: "CUDA", "OpenCL", "HIP", "CPU" or "Reference"; by default the fastest that works.
         precision: of the CUDA and OpenCL platforms.
         device_index: which GPU.
     """
 
+    engine: Literal["batched", "openmm"] | None = None
     platform: str | None = None
     precision: Literal["single", "mixed", "double"] | None = None
     device_index: int | None = None
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "device_index")
+        given = [key for key in ("platform", "precision", "device_index") if getattr(self, key) is not None]
+        if self.engine == "batched" and given:
+            raise ValueError(f'{given[0]} = {getattr(self, given[0])!r} is for engine = "openmm"')
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class SimulateSettings:
         temperature: of the dynamics, or of the trajectory [K].
         n_frames: frames kept, of all walkers together.
         spacing_fs: time between kept frames of a walker [fs].
-        n_walkers: independent trajectories.
+        n_walkers: independent trajectories; by default 128 in batches and 8 with OpenMM.
         timestep_fs: [fs]; by default 1 without and 2 with constrained bonds.
         friction_per_ps: of Langevin dynamics [1/ps].
         equilibration_ps: time dropped at the beginning of each walker [ps].
@@ -106,9 +112,9 @@ class SimulateSettings:
     """
 
     temperature: float = 600.0
-    n_frames: int = 160_000
+    n_frames: int = 320_000
     spacing_fs: float = 20.0
-    n_walkers: int = 10
+    n_walkers: int | None = None
     timestep_fs: float | None = None
     friction_per_ps: float = 1.0
     equilibration_ps: float = 20.0

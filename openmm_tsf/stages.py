@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from .assembly import load_molecule, open_energy, stage_seed, start_flow
 from .checkpoint import load_flow, save_flow
 from .dynamics import simulate
-from .energy import OpenMMEnergy
+from .energy import BatchedEnergy, OpenMMEnergy
 from .ensemble import Ensemble, draw, to_mdtraj
 from .files import whole
 from .flow import Flow
@@ -34,7 +35,7 @@ def simulate_stage(run: Run, progress: Progress | None = None) -> None:
     with run.working("simulate", progress) as report:
         if settings.trajectory is None:
             frames = _simulated(run, molecule, report)
-            n_evaluations = _count_steps(run.config)
+            n_evaluations = _count_steps(run.config, frames.n_walkers)
         else:
             frames = _imported(run, molecule)
             n_evaluations = 0
@@ -129,7 +130,7 @@ def _simulated(run: Run, molecule: Molecule, progress: Progress) -> Frames:
         timestep_fs=settings.timestep_fs,
         friction_per_ps=settings.friction_per_ps,
         equilibration_ps=settings.equilibration_ps,
-        platform=run.config.energy.platform,
+        **asdict(run.config.energy),
         progress=progress,
     )
 
@@ -148,12 +149,12 @@ def _imported(run: Run, molecule: Molecule) -> Frames:
     return frames
 
 
-def _count_steps(config: Config) -> int:
+def _count_steps(config: Config, n_walkers: int) -> int:
     """Energy evaluations of the dynamics: one for each step of each walker, equilibration included."""
     settings = config.simulate
-    rows = math.ceil(settings.n_frames / settings.n_walkers)
+    rows = math.ceil(settings.n_frames / n_walkers)
     rows += math.ceil(1000.0 * settings.equilibration_ps / settings.spacing_fs)
-    return rows * settings.n_walkers * round(settings.spacing_fs / settings.timestep_fs)
+    return rows * n_walkers * round(settings.spacing_fs / settings.timestep_fs)
 
 
 def _ensemble_key(run: Run, temperature: float) -> str:
@@ -169,7 +170,9 @@ def _ensemble_done(run: Run, temperature: float) -> bool:
     return run.is_done(f"sample {temperature:g} K", *files, key=_ensemble_key(run, temperature))
 
 
-def _draw_one(run: Run, flow: Flow, energy: OpenMMEnergy, temperature: float, progress: Progress | None) -> None:
+def _draw_one(
+    run: Run, flow: Flow, energy: BatchedEnergy | OpenMMEnergy, temperature: float, progress: Progress | None
+) -> None:
     stage, name, n = f"sample {temperature:g} K", ensemble_name(temperature), run.config.sample.n
     generator = torch.Generator().manual_seed(stage_seed(run.config.seed, stage))
     before = energy.n_evaluations

@@ -56,7 +56,7 @@ class TrainingSettings:
 
     steps: int = 3600
     batch_frames: int = 512
-    batch_draws: int = 256
+    batch_draws: int = 320
     flatten: float = 2.0
     energy_weight: float = 0.5
     ramp_start: float = 0.1

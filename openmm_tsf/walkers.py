@@ -1,4 +1,4 @@
-"""Several independent walkers of Langevin dynamics, advanced together by a few threads.
+"""Several independent walkers of Langevin dynamics, advanced together: all at once, or by a few threads of OpenMM.
 
 What a walker does in a segment is decided by its positions and velocities at the beginning and by (seed, walker, time),
 and by nothing else: not by the thread, nor by what the thread did before.
@@ -41,6 +41,7 @@ class Plan:
     equilibration_ps: float
     seed: int
     molecule: str
+    engine: str
 
     def __post_init__(self) -> None:
         for name in ("n_frames", "n_walkers"):
@@ -78,14 +79,22 @@ class State:
     velocities: np.ndarray
 
 
-class Walkers:
-    """Threads with a Context each, which serve one walker after the other."""
+class OpenMMWalkers:
+    """Threads with a Context of OpenMM each, which serve one walker after the other."""
 
-    def __init__(self, molecule: Molecule, plan: Plan, platform: Any) -> None:
+    def __init__(
+        self,
+        molecule: Molecule,
+        plan: Plan,
+        platform: Any = None,
+        precision: str | None = None,
+        device_index: Any = None,
+    ) -> None:
         self._molecule, self._plan = molecule, plan
-        if platform is None and molecule.n_atoms <= FEW_ATOMS and "CPU" in available_platforms():
+        unnamed = platform is None and precision is None and device_index is None
+        if unnamed and molecule.n_atoms <= FEW_ATOMS and "CPU" in available_platforms():
             platform = "CPU"
-        self._platform, self._properties = choose_platform(platform)
+        self._platform, self._properties = choose_platform(platform, precision, device_index)
         if "DeterministicForces" in self._platform.getPropertyNames():
             self._properties["DeterministicForces"] = "true"
         # The Reference platform has one source of random numbers for all its Contexts; GPUs run one Context best.
@@ -100,15 +109,12 @@ class Walkers:
 
         def work(index: int, _job: int, _stop: Event) -> None:
             context = self._context(index)
-            context.setPositions(np.array(self._molecule.positions))
-            openmm.LocalEnergyMinimizer.minimize(context)  # ends on the constraints
+            minimise(context, self._molecule)
             for walker in range(self._plan.n_walkers):
-                context.setVelocitiesToTemperature(self._plan.temperature, _seed(self._plan.seed, walker, 0))
+                context.setVelocitiesToTemperature(self._plan.temperature, seed_of(self._plan.seed, walker, 0))
                 state.positions[walker], state.velocities[walker] = _positions(context), _velocities(context)
 
         self._threads.share(work, [0])
-        if not np.isfinite(state.positions).all():
-            raise ValueError("the reference geometry cannot be minimised: positions are not finite; check the molecule")
         return state
 
     @property
@@ -125,7 +131,7 @@ class Walkers:
         def work(index: int, walker: int, stop: Event) -> None:
             context = self._context(index)
             integrator = context.getIntegrator()
-            integrator.setRandomNumberSeed(_seed(self._plan.seed, walker, state.row + 1))
+            integrator.setRandomNumberSeed(seed_of(self._plan.seed, walker, state.row + 1))
             context.reinitialize()
             context.setPositions(state.positions[walker])
             context.setVelocities(state.velocities[walker])
@@ -134,7 +140,7 @@ class Walkers:
                     return
                 frames[row, walker] = _positions(context)
             velocities[walker] = _velocities(context)
-            self._check(frames[:, walker], state.row, walker)
+            check_frames(frames[:, walker], self._molecule, self._plan, state.row, walker)
 
         self._threads.share(work, range(self._plan.n_walkers))
         return State(state.row + n_rows, frames[-1].copy(), velocities), frames
@@ -163,30 +169,57 @@ class Walkers:
             except openmm.OpenMMException as error:
                 if "NaN" not in str(error):
                     raise
-                raise self._exploded(row, walker, "coordinates are not finite") from error
+                raise exploded(self._plan, row, walker, "coordinates are not finite") from error
             left -= min(left, STEPS_AT_ONCE)
         return left == 0
 
-    def _check(self, frames: np.ndarray, row: int, walker: int) -> None:
-        if not np.isfinite(frames).all():
-            raise self._exploded(row + int((~np.isfinite(frames)).any(axis=(1, 2)).argmax()), walker, "not finite")
-        stretch = bond_lengths(frames, self._molecule) / bond_lengths(self._molecule.positions[None], self._molecule)
-        if (stretch > BROKEN).any():
-            first = int((stretch > BROKEN).any(axis=1).argmax())
-            raise self._exploded(
-                row + first, walker, f"a bond is {stretch[first].max():.1f} times as long as it should be"
-            )
 
-    def _exploded(self, row: int, walker: int, what: str) -> ValueError:
-        time = (row + 1) * self._plan.spacing_fs / 1000.0
-        return ValueError(
-            f"walker {walker} exploded at about {time:.3g} ps ({what}); "
-            f"use a smaller timestep_fs than {self._plan.timestep_fs:g}, or check the molecule's forces"
-        )
+def minimise(context: openmm.Context, molecule: Molecule) -> np.ndarray:
+    """Put a Context on the nearest minimum to the reference geometry, on the constraints: (A, 3) [nm].
+
+    Raises:
+        ValueError: there is none.
+    """
+    context.setPositions(np.array(molecule.positions))
+    openmm.LocalEnergyMinimizer.minimize(context)
+    if not np.isfinite(_positions(context)).all():
+        raise ValueError("the reference geometry cannot be minimised: positions are not finite; check the molecule")
+    return _positions(context)
 
 
-def _seed(*numbers: int) -> int:
-    """A seed for OpenMM, 1 ... 2**31 - 1 (0 would make it choose its own)."""
+def check_frames(frames: np.ndarray, molecule: Molecule, plan: Plan, row: int, walker: int) -> None:
+    """Refuse a walker that fell apart.
+
+    Args:
+        frames: (n, A, 3) [nm] of one walker.
+        molecule: with the bonds.
+        plan: of the simulation.
+        row: of the first frame.
+        walker: its number.
+
+    Raises:
+        ValueError: when, how, and what to do.
+    """
+    if not np.isfinite(frames).all():
+        raise exploded(plan, row + int((~np.isfinite(frames)).any(axis=(1, 2)).argmax()), walker, "not finite")
+    stretch = bond_lengths(frames, molecule) / bond_lengths(molecule.positions[None], molecule)
+    if (stretch > BROKEN).any():
+        first = int((stretch > BROKEN).any(axis=1).argmax())
+        what = f"a bond is {stretch[first].max():.1f} times as long as it should be"
+        raise exploded(plan, row + first, walker, what)
+
+
+def exploded(plan: Plan, row: int, walker: int, what: str) -> ValueError:
+    """The error of a walker that fell apart."""
+    time = (row + 1) * plan.spacing_fs / 1000.0
+    return ValueError(
+        f"walker {walker} exploded at about {time:.3g} ps ({what}); "
+        f"use a smaller timestep_fs than {plan.timestep_fs:g}, or check the molecule's forces"
+    )
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed made of numbers, 1 ... 2**31 - 1 (0 would make it choose its own)."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0]) % (2**31 - 1) + 1
 
 

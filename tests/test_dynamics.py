@@ -13,7 +13,7 @@ import openmm
 import pytest
 from openmm import app, unit
 
-from openmm_tsf import dynamics, walkers
+from openmm_tsf import batched_walkers, dynamics, walkers
 from openmm_tsf.dcd import GrowingDcd
 from openmm_tsf.dynamics import simulate
 from openmm_tsf.energy import OpenMMEnergy
@@ -45,6 +45,13 @@ def triangle(constrained=False):
 def short_segments(monkeypatch):
     """Segments of three rows for alanine dipeptide in SHORT, so that short runs have several."""
     monkeypatch.setattr(walkers, "ATOM_STEPS", 22 * 60)
+    monkeypatch.setattr(batched_walkers, "ATOM_STEPS", 3 * 22 * 60)
+
+
+@pytest.fixture(scope="module", params=["batched", "openmm"])
+def short(request):
+    """SHORT with either engine."""
+    return {**SHORT, "engine": request.param}
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +60,13 @@ def vacuum():
 
 
 @pytest.fixture(scope="module")
-def whole_run(vacuum, tmp_path_factory):
+def whole_run(short, vacuum, tmp_path_factory):
     """The bytes of training.dcd, and the frames, of a run that nothing interrupts."""
     directory = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(walkers, "ATOM_STEPS", 22 * 60)
-        frames = simulate(vacuum, directory=directory, **SHORT)
+        patch.setattr(batched_walkers, "ATOM_STEPS", 3 * 22 * 60)
+        frames = simulate(vacuum, directory=directory, **short)
     return (directory / "training.dcd").read_bytes(), frames
 
 
@@ -73,9 +81,9 @@ def stop_after(n_calls, error=KeyboardInterrupt):
     return progress
 
 
-def test_files_and_frames(whole_run, vacuum, tmp_path):
+def test_files_and_frames(short, whole_run, vacuum, tmp_path):
     calls = []
-    frames = simulate(vacuum, directory=tmp_path / "new" / "run", progress=lambda *call: calls.append(call), **SHORT)
+    frames = simulate(vacuum, directory=tmp_path / "new" / "run", progress=lambda *call: calls.append(call), **short)
     assert sorted(p.name for p in (tmp_path / "new" / "run").iterdir()) == [
         "simulation.npz",
         "topology.pdb",
@@ -100,57 +108,57 @@ def test_walkers_and_times_differ_and_move_on_smoothly(whole_run):
     assert np.abs(np.diff(x, axis=0)).max() < 0.15  # 20 fs at 600 K; a frame left out or a restart would jump
 
 
-def test_seeds_and_settings_matter(whole_run, vacuum, tmp_path):
-    other = simulate(vacuum, directory=tmp_path, **{**SHORT, "seed": 8})
+def test_seeds_and_settings_matter(short, whole_run, vacuum, tmp_path):
+    other = simulate(vacuum, directory=tmp_path, **{**short, "seed": 8})
     assert np.abs(other.positions - whole_run[1].positions).max() > 0.01
 
 
-def test_more_equilibration_drops_the_beginning(whole_run, vacuum, tmp_path):
-    later = simulate(vacuum, directory=tmp_path, **{**SHORT, "n_frames": 30, "equilibration_ps": 0.3})
+def test_more_equilibration_drops_the_beginning(short, whole_run, vacuum, tmp_path):
+    later = simulate(vacuum, directory=tmp_path, **{**short, "n_frames": 30, "equilibration_ps": 0.3})
     assert np.array_equal(later.positions, whole_run[1].positions[30:])
 
 
-def test_number_of_frames_is_rounded_up(vacuum, tmp_path):
-    frames = simulate(vacuum, directory=tmp_path, **{**SHORT, "n_frames": 4, "equilibration_ps": 0.0})
+def test_number_of_frames_is_rounded_up(short, vacuum, tmp_path):
+    frames = simulate(vacuum, directory=tmp_path, **{**short, "n_frames": 4, "equilibration_ps": 0.0})
     assert (len(frames), frames.n_times) == (6, 2)
 
 
 @pytest.mark.parametrize("n_cores", [1, 3])
-def test_number_of_threads_does_not_matter(whole_run, vacuum, tmp_path, monkeypatch, n_cores):
+def test_number_of_threads_does_not_matter(short, whole_run, vacuum, tmp_path, monkeypatch, n_cores):
     monkeypatch.setattr(walkers, "n_cores", lambda: n_cores)
-    simulate(vacuum, directory=tmp_path, **SHORT)
+    simulate(vacuum, directory=tmp_path, **short)
     assert (tmp_path / "training.dcd").read_bytes() == whole_run[0]
 
 
 @pytest.mark.parametrize("n_calls", [1, 2, 3, 6])
-def test_interrupted_and_resumed(whole_run, vacuum, tmp_path, n_calls):
+def test_interrupted_and_resumed(short, whole_run, vacuum, tmp_path, n_calls):
     with pytest.raises(KeyboardInterrupt):
-        simulate(vacuum, directory=tmp_path, progress=stop_after(n_calls), **SHORT)
+        simulate(vacuum, directory=tmp_path, progress=stop_after(n_calls), **short)
     with pytest.raises(KeyboardInterrupt):
-        simulate(vacuum, directory=tmp_path, progress=stop_after(2), **SHORT)
-    frames = simulate(vacuum, directory=tmp_path, **SHORT)
+        simulate(vacuum, directory=tmp_path, progress=stop_after(2), **short)
+    frames = simulate(vacuum, directory=tmp_path, **short)
     assert (tmp_path / "training.dcd").read_bytes() == whole_run[0]
     assert np.array_equal(frames.positions, whole_run[1].positions)
 
 
 @pytest.mark.parametrize("junk", [10, 1000, 5000])
-def test_frames_behind_the_last_state_are_cut_off(whole_run, vacuum, tmp_path, junk):
+def test_frames_behind_the_last_state_are_cut_off(short, whole_run, vacuum, tmp_path, junk):
     with pytest.raises(KeyboardInterrupt):
-        simulate(vacuum, directory=tmp_path, progress=stop_after(5), **SHORT)
+        simulate(vacuum, directory=tmp_path, progress=stop_after(5), **short)
     with (tmp_path / "training.dcd").open("ab") as file:  # as after kill -9 between frames and state
         file.write(b"x" * junk)
-    simulate(vacuum, directory=tmp_path, **SHORT)
+    simulate(vacuum, directory=tmp_path, **short)
     assert (tmp_path / "training.dcd").read_bytes() == whole_run[0]
 
 
-def test_another_state_gives_other_frames(whole_run, vacuum, tmp_path):
+def test_another_state_gives_other_frames(short, whole_run, vacuum, tmp_path):
     """The control of the tests above: they would notice a state that is slightly off."""
     with pytest.raises(KeyboardInterrupt):
-        simulate(vacuum, directory=tmp_path, progress=stop_after(4), **SHORT)
+        simulate(vacuum, directory=tmp_path, progress=stop_after(4), **short)
     data = dict(np.load(tmp_path / "simulation.npz"))
     data["velocities"][0, 0, 0] += 1e-3  # nm/ps, a thousandth of what is usual
     np.savez(tmp_path / "simulation.npz", **data)
-    simulate(vacuum, directory=tmp_path, **{**SHORT})
+    simulate(vacuum, directory=tmp_path, **{**short})
     found = (tmp_path / "training.dcd").read_bytes()
     assert len(found) == len(whole_run[0])
     assert found != whole_run[0]
@@ -159,29 +167,33 @@ def test_another_state_gives_other_frames(whole_run, vacuum, tmp_path):
 SCRIPT = """
     import signal
     import sys
-    from openmm_tsf import walkers
+    from openmm_tsf import batched_walkers, walkers
     from openmm_tsf.dynamics import simulate
     from openmm_tsf.systems import alanine_dipeptide
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell may ignore it
     walkers.ATOM_STEPS = 22 * {steps}
+    batched_walkers.ATOM_STEPS = 3 * 22 * {steps}
     simulate(
         alanine_dipeptide("vacuum"), directory=sys.argv[1], temperature=600.0, n_frames={n_frames}, spacing_fs=20.0,
-        n_walkers=3, seed=7, equilibration_ps=0.1, progress=lambda *call: print(*call, flush=True),
+        n_walkers=3, seed=7, equilibration_ps=0.1, engine=sys.argv[2], progress=lambda *call: print(*call, flush=True),
     )
 """
 
 
-def start(directory, steps, n_frames):
+def start(directory, engine, steps, n_frames):
     script = textwrap.dedent(SCRIPT.format(steps=steps, n_frames=n_frames))
     return subprocess.Popen(
-        [sys.executable, "-c", script, str(directory)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, str(directory), engine],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
 @pytest.mark.parametrize("delay", [0.0, 0.013])
-def test_killed_and_resumed(vacuum, tmp_path, delay):
-    process = start(tmp_path / "killed", 60, 300)
+def test_killed_and_resumed(short, vacuum, tmp_path, delay):
+    process = start(tmp_path / "killed", short["engine"], 60, 300)
     for _ in range(4):
         process.stdout.readline()
     time.sleep(delay)
@@ -189,14 +201,14 @@ def test_killed_and_resumed(vacuum, tmp_path, delay):
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     for name in ("killed", "whole"):
-        simulate(vacuum, directory=tmp_path / name, **{**SHORT, "n_frames": 300})
+        simulate(vacuum, directory=tmp_path / name, **{**short, "n_frames": 300})
     killed, whole = ((tmp_path / name / "training.dcd").read_bytes() for name in ("killed", "whole"))
     assert killed == whole
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT for children")
-def test_ctrl_c_stops_at_once_within_a_segment(tmp_path):
-    process = start(tmp_path, 10_000_000, 2_000_000)  # a segment of many minutes
+def test_ctrl_c_stops_at_once_within_a_segment(short, tmp_path):
+    process = start(tmp_path, short["engine"], 10_000_000, 2_000_000)  # a segment of many minutes
     process.stdout.readline()
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
@@ -205,11 +217,12 @@ def test_ctrl_c_stops_at_once_within_a_segment(tmp_path):
     assert int(np.load(tmp_path / "simulation.npz")["row"]) == 0
 
 
-def test_a_complete_run_returns_at_once(whole_run, vacuum, tmp_path, monkeypatch):
-    simulate(vacuum, directory=tmp_path, **SHORT)
+def test_a_complete_run_returns_at_once(short, whole_run, vacuum, tmp_path, monkeypatch):
+    simulate(vacuum, directory=tmp_path, **short)
     stamp = (tmp_path / "training.dcd").stat().st_mtime_ns
-    monkeypatch.setattr(dynamics, "Walkers", None)
-    frames = simulate(vacuum, directory=tmp_path, **SHORT)
+    for name in ("BatchedWalkers", "OpenMMWalkers"):
+        monkeypatch.setattr(dynamics, name, None)
+    frames = simulate(vacuum, directory=tmp_path, **short)
     assert np.array_equal(frames.positions, whole_run[1].positions)
     assert (tmp_path / "training.dcd").stat().st_mtime_ns == stamp
 
@@ -223,71 +236,71 @@ def test_a_complete_run_returns_at_once(whole_run, vacuum, tmp_path, monkeypatch
         ({"timestep_fs": 0.5}, r"timestep_fs was 1\.0, now 0\.5"),
     ],
 )
-def test_a_folder_of_another_run_is_refused(vacuum, tmp_path, change, message):
+def test_a_folder_of_another_run_is_refused(short, vacuum, tmp_path, change, message):
     with pytest.raises(KeyboardInterrupt):
-        simulate(vacuum, directory=tmp_path, progress=stop_after(3), **SHORT)
+        simulate(vacuum, directory=tmp_path, progress=stop_after(3), **short)
     before = (tmp_path / "training.dcd").read_bytes()
     with pytest.raises(
         ValueError, match="has a simulation with other settings: " + message + "; choose another folder"
     ):
-        simulate(vacuum, directory=tmp_path, **{**SHORT, **change})
+        simulate(vacuum, directory=tmp_path, **{**short, **change})
     assert (tmp_path / "training.dcd").read_bytes() == before
 
 
-def test_a_folder_of_another_molecule_is_refused(ala2, vacuum, tmp_path):
+def test_a_folder_of_another_molecule_is_refused(short, ala2, vacuum, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        simulate(vacuum, directory=tmp_path, progress=stop_after(1), **SHORT)
+        simulate(vacuum, directory=tmp_path, progress=stop_after(1), **short)
     with pytest.raises(ValueError, match="molecule was '"):
-        simulate(ala2, directory=tmp_path, **SHORT)
+        simulate(ala2, directory=tmp_path, **short)
 
 
-def test_foreign_and_damaged_files_are_refused(vacuum, tmp_path):
+def test_foreign_and_damaged_files_are_refused(short, vacuum, tmp_path):
     (tmp_path / "training.dcd").write_bytes(b"precious")
     with pytest.raises(ValueError, match=r"has a training\.dcd but no simulation\.npz"):
-        simulate(vacuum, directory=tmp_path, **SHORT)
+        simulate(vacuum, directory=tmp_path, **short)
     assert (tmp_path / "training.dcd").read_bytes() == b"precious"
     (tmp_path / "training.dcd").unlink()
     with pytest.raises(KeyboardInterrupt):
-        simulate(vacuum, directory=tmp_path, progress=stop_after(5), **SHORT)
+        simulate(vacuum, directory=tmp_path, progress=stop_after(5), **short)
     good = (tmp_path / "training.dcd").read_bytes()
     for bad in (good[:-1], good[:100], b"y" + good[1:]):
         (tmp_path / "training.dcd").write_bytes(bad)
         with pytest.raises(ValueError, match="is not the file that was written here"):
-            simulate(vacuum, directory=tmp_path, **SHORT)
+            simulate(vacuum, directory=tmp_path, **short)
         assert (tmp_path / "training.dcd").read_bytes() == bad
     (tmp_path / "simulation.npz").write_bytes((tmp_path / "simulation.npz").read_bytes()[:300])
     with pytest.raises(ValueError, match=r"simulation\.npz is not the state of a simulation, or it is cut short"):
-        simulate(vacuum, directory=tmp_path, **SHORT)
+        simulate(vacuum, directory=tmp_path, **short)
 
 
-def test_a_folder_in_use_is_refused(vacuum, tmp_path):
+def test_a_folder_in_use_is_refused(short, vacuum, tmp_path):
     pytest.importorskip("fcntl")
     with pytest.raises(KeyboardInterrupt):
-        simulate(vacuum, directory=tmp_path, progress=stop_after(5), **SHORT)
+        simulate(vacuum, directory=tmp_path, progress=stop_after(5), **short)
     other = GrowingDcd(tmp_path / "training.dcd", vacuum.topology, 0.001, 20, 3)
     with pytest.raises(ValueError, match=r"training\.dcd is being written by another process"):
-        simulate(vacuum, directory=tmp_path, **SHORT)
+        simulate(vacuum, directory=tmp_path, **short)
     other.close()
 
 
-def test_full_disk_loses_nothing_that_was_complete(whole_run, vacuum, tmp_path):
+def test_full_disk_loses_nothing_that_was_complete(short, whole_run, vacuum, tmp_path):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
         with pytest.raises(OSError, match=r"training\.dcd"):
-            simulate(vacuum, directory=tmp_path, **SHORT)
+            simulate(vacuum, directory=tmp_path, **short)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert int(np.load(tmp_path / "simulation.npz")["row"]) > 5
-    simulate(vacuum, directory=tmp_path, **SHORT)
+    simulate(vacuum, directory=tmp_path, **short)
     assert (tmp_path / "training.dcd").read_bytes() == whole_run[0]
 
 
-def test_folder_that_cannot_be_made(vacuum, tmp_path):
+def test_folder_that_cannot_be_made(short, vacuum, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        simulate(vacuum, directory=tmp_path / "file" / "run", **SHORT)
+        simulate(vacuum, directory=tmp_path / "file" / "run", **short)
 
 
 @pytest.mark.parametrize(
@@ -302,12 +315,14 @@ def test_folder_that_cannot_be_made(vacuum, tmp_path):
         ({"friction_per_ps": 0.0}, "friction_per_ps must be finite and above 0, not 0"),
         ({"equilibration_ps": -1.0}, "equilibration_ps must be finite and at least 0, not -1"),
         ({"seed": -1}, "seed must be at least 0, not -1"),
-        ({"platform": "CUDDA"}, "no OpenMM platform 'CUDDA' here; available are"),
+        ({"engine": None, "platform": "CUDDA"}, "no OpenMM platform 'CUDDA' here; available are"),
+        ({"engine": "batched", "platform": "CPU"}, "platform = 'CPU' is an option of OpenMM"),
+        ({"engine": "magic"}, "unknown engine 'magic'; choose from batched, openmm"),
     ],
 )
-def test_settings_that_make_no_sense(vacuum, tmp_path, change, message):
+def test_settings_that_make_no_sense(short, vacuum, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        simulate(vacuum, directory=tmp_path / "run", **{**SHORT, **change})
+        simulate(vacuum, directory=tmp_path / "run", **{**short, **change})
     assert not (tmp_path / "run").exists()
 
 
@@ -321,9 +336,16 @@ def test_an_exploded_walker_is_named(vacuum, tmp_path, timestep, platform):
         simulate(vacuum, directory=tmp_path, **settings)
 
 
-def test_constraints_hold_and_the_default_step_is_longer(tmp_path):
+@pytest.mark.parametrize("timestep", [6.0, 20.0])
+def test_exploded_walkers_of_a_batch_are_named(vacuum, tmp_path, timestep):
+    settings = {**SHORT, "timestep_fs": timestep, "spacing_fs": 60.0, "n_frames": 600, "engine": "batched"}
+    with pytest.raises(ValueError, match=rf"walker.* exploded .*use a smaller timestep_fs than {timestep:g}"):
+        simulate(vacuum, directory=tmp_path, **settings)
+
+
+def test_constraints_hold_and_the_default_step_is_longer(short, tmp_path):
     molecule = alanine_dipeptide("vacuum", constraints="HBonds")
-    frames = simulate(molecule, directory=tmp_path, **SHORT)
+    frames = simulate(molecule, directory=tmp_path, **short)
     x = frames.positions.astype(np.float64)
     i, j = np.array(list(molecule.constraints)).T
     expected = np.array(list(molecule.constraints.values()))
@@ -335,10 +357,10 @@ def test_constraints_hold_and_the_default_step_is_longer(tmp_path):
     assert '"timestep_fs": 2.0' in state
 
 
-def test_walkers_start_apart_and_on_the_constraints(tmp_path):
+def test_walkers_start_apart_and_on_the_constraints(short, tmp_path):
     molecule = alanine_dipeptide("vacuum", constraints="HBonds")
     with pytest.raises(KeyboardInterrupt):
-        simulate(molecule, directory=tmp_path, progress=stop_after(1), **{**SHORT, "n_walkers": 30})
+        simulate(molecule, directory=tmp_path, progress=stop_after(1), **{**short, "n_walkers": 30})
     state = np.load(tmp_path / "simulation.npz")
     x, v = state["positions"], state["velocities"]
     i, j = np.array(list(molecule.constraints)).T
@@ -362,14 +384,16 @@ def test_frames_are_as_far_apart_in_time_as_asked(tmp_path):
     assert np.diff(centres, axis=0) == pytest.approx(np.tile(velocity * 0.020, (19, 1, 1)), rel=1e-2, abs=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"platform": "Reference"}, {"engine": "batched"}], ids=str)
 @pytest.mark.parametrize("constrained", [False, True])
-def test_mean_energy_of_harmonic_vibrations(tmp_path, monkeypatch, constrained):
+def test_mean_energy_of_harmonic_vibrations(tmp_path, monkeypatch, constrained, options):
     """Equipartition: kT/2 for each vibration, and not that of a temperature 15 % lower."""
     monkeypatch.setattr(walkers, "ATOM_STEPS", 3 * 20_000)
+    monkeypatch.setattr(batched_walkers, "ATOM_STEPS", 8 * 3 * 20_000)
     molecule = triangle(constrained)
     frames = simulate(
         molecule, temperature=600.0 * unit.kelvin, n_frames=8000, spacing_fs=20.0, n_walkers=8, seed=3,
-        directory=tmp_path, timestep_fs=2.0, friction_per_ps=50.0, equilibration_ps=1.0, platform="Reference",
+        directory=tmp_path, timestep_fs=2.0, friction_per_ps=50.0, equilibration_ps=1.0, **options,
     )  # fmt: skip
     energies, _ = OpenMMEnergy(molecule.system, "Reference").forces(frames.positions)
     by_walker = energies.reshape(-1, 8)

@@ -23,7 +23,8 @@ LAYERS = {
     1: "geometry nets transforms priors weights",
     2: "systems molfiles dcd trajectories chart zmatrix internals energy torsions reference",
     3: "flow",
-    4: "dynamics walkers losses pretraining training ensemble checkpoint settings config rundir",
+    4: "constraints langevin walkers batched_walkers dynamics losses pretraining training ensemble checkpoint settings "
+    "config rundir",
     5: "analysis canvas series plotting report report_page notebook "
     "assembly stages reporting sampling console cli __main__",
 }
