@@ -17,7 +17,7 @@ n = parser.parse_args().n
 
 flow = tsf.pretrained("ala2")
 molecule = flow.molecule
-energy = tsf.OpenMMEnergy(molecule.system)
+energy = tsf.BatchedEnergy(molecule.system, molecule.positions)
 generator = torch.Generator().manual_seed(1)
 
 ensemble = tsf.draw(flow, energy, temperature=300.0, n=n, generator=generator)

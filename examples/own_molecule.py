@@ -28,7 +28,7 @@ with tempfile.TemporaryDirectory() as folder:
             app.PDBFile.writeFile(known.topology, known.positions * unit.nanometer, file)
 
     molecule = tsf.Molecule.from_files(pdb, force_field=("amber99sbildn.xml", "amber99_obc.xml"))
-    energy = tsf.OpenMMEnergy(molecule.system)
+    energy = tsf.BatchedEnergy(molecule.system, molecule.positions)
     print(tsf.build_zmatrix(molecule))
 
     frames = tsf.simulate(

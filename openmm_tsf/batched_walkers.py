@@ -31,12 +31,13 @@ class BatchedWalkers:
         self._molecule, self._plan = molecule, plan
         # decided now and not on the way, or the frames would depend on when a run was interrupted
         energy.compile = energy.pays_off(plan.n_rows * plan.n_walkers * plan.steps_per_row)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._dynamics = BatchedLangevin(
             molecule.system,
             energy,
             timestep_fs=plan.timestep_fs,
             friction_per_ps=plan.friction_per_ps,
-            device="cuda" if torch.cuda.is_available() else "cpu",
+            device=self._device,
         )
         self._temperatures = torch.full((plan.n_walkers,), plan.temperature, dtype=torch.float64)
 
@@ -72,7 +73,7 @@ class BatchedWalkers:
         """Nothing to end."""
 
     def _generator(self, row: int) -> torch.Generator:
-        return torch.Generator().manual_seed(seed_of(self._plan.seed, row))
+        return torch.Generator(self._device).manual_seed(seed_of(self._plan.seed, row))
 
 
 def _rows(values: torch.Tensor) -> np.ndarray:

@@ -54,7 +54,7 @@ seed = 3
 [simulate]
 n_frames = 600
 spacing_fs = 20.0
-n_walkers = 4
+n_walkers = 20
 equilibration_ps = 0.4
 [flow]
 blocks = 1

@@ -31,7 +31,7 @@ class BatchedEnergy:
     """Potential energy U(x) [kJ/mol] of an OpenMM System for batches of configurations, differentiable twice.
 
     The parameters are read out of the System; the terms are torch operations, batched along the last axis, compiled
-    where a compiler is present. Computes in the dtype and on the device of the positions that it is given.
+    where a compiler is present. Computes in the dtype of the positions that it is given.
 
     At construction every term is compared with OpenMM's Reference platform (`verify`). Constraints are not applied. A
     configuration gets U = +inf and zero force, and is counted in `n_nonfinite`, if its energy or one of its forces is
@@ -46,6 +46,7 @@ class BatchedEnergy:
         positions: (A, 3) or (B, A, 3) [nm], array, tensor or Quantity: where to compare with OpenMM; random packings by
             default.
         parameters: values of global parameters; the System's defaults for the others.
+        device: where to compute, as in "cuda"; by default where the positions are. Results go back to them.
         compile: None to compile as soon as so much has been asked for that it pays, True at first use, False never.
         memory_limit: of temporaries [GiB]; batches are cut into chunks accordingly.
         verify: compare with OpenMM now.
@@ -70,6 +71,7 @@ class BatchedEnergy:
         positions: Any = None,
         *,
         parameters: Mapping[str, float] | None = None,
+        device: Any = None,
         compile: bool | None = None,
         memory_limit: float = 2.0,
         verify: bool = True,
@@ -80,7 +82,8 @@ class BatchedEnergy:
         if not memory_limit > 0.0:
             raise ValueError(f"memory_limit must be above 0 GiB, not {memory_limit:g}")
         self._system = openmm.XmlSerializer.clone(system)
-        self._options = {"parameters": dict(parameters or {}), "memory_limit": memory_limit}
+        self._device = None if device is None else torch.device(device)
+        self._options = {"parameters": dict(parameters or {}), "memory_limit": memory_limit, "device": device}
         self.compile = compile
         self._field = read_system(self._system, parameters)
         self.n_atoms: int = system.getNumParticles()
@@ -177,6 +180,7 @@ class BatchedEnergy:
     @torch.inference_mode(False)
     def _sound(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Energies (B,) and forces (B, A, 3); +inf and zero where something is not finite. Counts."""
+        home, positions = positions.device, positions.to(self._device or positions.device)
         kernel = self._kernel_for(positions)
         energies, forces = positions.new_empty(len(positions)), torch.empty_like(positions)
         for rows in self._chunks(len(positions), positions):
@@ -187,7 +191,7 @@ class BatchedEnergy:
             forces[rows] = torch.where(sound, force, 0.0).permute(2, 0, 1)
         self.n_evaluations += len(positions)
         self.n_nonfinite += int((energies == torch.inf).sum())
-        return energies, forces
+        return energies.to(home), forces.to(home)
 
     def _chunks(self, n: int, like: Tensor) -> Iterator[slice]:
         pairs = max(1, len(self._field.pairs))
@@ -264,11 +268,13 @@ def _rebuild(system: str, options: Mapping[str, Any]) -> BatchedEnergy:
 
 
 def _padded(kernel: Kernel, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """The kernel on a contiguous copy, its batch padded to whole vector registers."""
+    """The kernel on contiguous positions, their batch padded to whole vector registers."""
     n = positions.shape[2]
-    padded = positions.new_empty(*positions.shape[:2], -(-n // LANES) * LANES)
-    padded[..., :n] = positions
-    padded[..., n:] = positions[..., -1:]
+    padded = positions
+    if n % LANES or not positions.is_contiguous():
+        padded = positions.new_empty(*positions.shape[:2], -(-n // LANES) * LANES)
+        padded[..., :n] = positions
+        padded[..., n:] = positions[..., -1:]
     with torch.no_grad():  # compiled kernels are made anew where the mode changes
         energies, forces = kernel(padded)
     return energies[:n], forces[..., :n]

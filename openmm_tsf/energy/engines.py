@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
+
 from openmm_tsf.energy.batched import BatchedEnergy
 from openmm_tsf.energy.openmm import OpenMMEnergy
 from openmm_tsf.energy.unsupported import UnsupportedForce
@@ -38,10 +40,8 @@ def choose_energy(
     return OpenMMEnergy(system, **options) if energy is None else energy
 
 
-def batched_energy(
-    system: Any, positions: Any, *, engine: str | None, compile: bool | None = None, **options: Any
-) -> BatchedEnergy | None:
-    """The batched energy of a System, None where OpenMM is to be used: the rule of `choose_energy`."""
+def batched_energy(system: Any, positions: Any, *, engine: str | None, **options: Any) -> BatchedEnergy | None:
+    """The batched energy of a System, on a GPU where there is one; None where `choose_energy` wants OpenMM."""
     given = [name for name, value in options.items() if value is not None]
     if engine not in (None, *ENGINES):
         raise ValueError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
@@ -50,7 +50,7 @@ def batched_energy(
     if engine == "openmm" or given:
         return None
     try:
-        return BatchedEnergy(system, positions, compile=compile)
+        return BatchedEnergy(system, positions, device="cuda" if torch.cuda.is_available() else None)
     except UnsupportedForce as error:
         if engine == "batched":
             raise
