@@ -54,7 +54,7 @@ class TrainingSettings:
         checkpoint_every: steps between checkpoints.
     """
 
-    steps: int = 3600
+    steps: int = 3200
     batch_frames: int = 512
     batch_draws: int = 320
     flatten: float = 2.0
