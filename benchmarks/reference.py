@@ -174,43 +174,55 @@ def run(out: Path, minutes: float, part: int) -> None:
         number += 1
 
 
-def bond_temperature(positions: np.ndarray, gradient: np.ndarray, bonds: list[tuple[int, int, float]]) -> float:
-    """Configurational temperature of the stiffest coordinates [K], where a time step errs first.
+def bond_terms(
+    x: np.ndarray, gradient: np.ndarray, bonds: list[tuple[int, int, float]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What makes up the configurational temperature of bonds, the stiffest coordinates, where a time step errs first.
 
     For v = (r - r0) grad r of a bond, integration by parts gives <div v> = <v . grad U>/kT exactly, with
     div v = 2 + 4 (r - r0)/r and v . grad U = (r - r0) (grad_j U - grad_i U) . (x_j - x_i)/r; summed over bonds.
 
     Args:
-        positions, gradient: (frames, atoms, 3) in nm and kJ/mol/nm; bonds: atoms and length r0 [nm].
+        x, gradient: (walkers, atoms, 3) in nm and kJ/mol/nm; bonds: atoms and length r0 [nm].
+
+    Returns:
+        v . grad U [kJ/mol] and div v of each walker.
     """
-    work = divergence = 0.0
+    work, divergence = np.zeros(len(x)), np.zeros(len(x))
     for i, j, length in bonds:
-        vector = positions[:, j] - positions[:, i]
+        vector = x[:, j] - x[:, i]
         distance = np.linalg.norm(vector, axis=-1)
-        pull = np.sum((gradient[:, j] - gradient[:, i]) * vector, axis=-1) / distance
-        work += np.mean((distance - length) * pull)
-        divergence += np.mean(2.0 + 4.0 * (distance - length) / distance)
-    return float(work / (BOLTZMANN * divergence))
+        work += (distance - length) * np.sum((gradient[:, j] - gradient[:, i]) * vector, axis=-1) / distance
+        divergence += 2.0 + 4.0 * (distance - length) / distance
+    return work, divergence
 
 
-def check_block(dynamics: BatchedLangevin, state: LangevinState, bonds: list, n_frames: int, n_steps: int) -> tuple:
-    """The state after a block, and means over it: U, U^2, alpha_L share, phi > 0 share, bond temperature, kinetic
-    temperature."""
-    generator = torch.Generator().manual_seed(state.step)
-    found = []
-    for _ in range(n_frames):
-        state = dynamics.run(state, n_steps, generator=generator)
-        x = rows(state.positions)
-        phi = dihedrals(x, torch.tensor([DIHEDRALS["phi"]])).numpy()
-        bond = bond_temperature(x.numpy().astype(float), -rows(state.forces).numpy().astype(float), bonds)
-        energies, kinetic = state.energies.double(), float(dynamics.kinetic_temperatures(state).double().mean())
-        shares = np.mean((phi > 0) & (phi < 2.4)), np.mean(phi > 0)
-        found.append((float(energies.mean()), float((energies**2).mean()), *shares, bond, kinetic))
-    return state, np.mean(found, axis=0)
+def observed(dynamics: BatchedLangevin, state: LangevinState, bonds: list) -> np.ndarray:
+    """Of each walker (rows): U, U^2, alpha_L, phi > 0, the two terms of bonds, kinetic temperature."""
+    x = rows(state.positions).double().numpy()
+    phi = dihedrals(rows(state.positions), torch.tensor([DIHEDRALS["phi"]])).numpy()[:, 0]
+    energies = state.energies.double().numpy()
+    terms = bond_terms(x, -rows(state.forces).double().numpy(), bonds)
+    kinetic = dynamics.kinetic_temperatures(state).double().numpy()
+    return np.array([energies, energies**2, (phi > 0) & (phi < 2.4), phi > 0, *terms, kinetic])
+
+
+def figures(means: np.ndarray) -> dict[str, float]:
+    """What `check` prints, from means over walkers of what was `observed`."""
+    u, square, left, positive, work, divergence, kinetic = means
+    bonds = work / divergence / BOLTZMANN
+    return {
+        "<U>, kJ/mol": u,
+        "var U": square - u**2,
+        "alpha_L": left,
+        "phi > 0": positive,
+        "T of bonds, K": bonds,
+        "T of velocities, K": kinetic,
+    }
 
 
 def check(temperature: float, minutes: float, timestep: float, n_walkers: int = 256) -> None:
-    """Plain Langevin dynamics at one temperature: <U>, var U, shares and temperatures, with errors from blocks."""
+    """Plain Langevin dynamics at one temperature, errors by jackknife over walkers, which are independent."""
     molecule = tsf.alanine_dipeptide()
     energy = tsf.BatchedEnergy(molecule.system, molecule.positions, compile=True)
     dynamics = BatchedLangevin(molecule.system, energy, timestep_fs=timestep, friction_per_ps=FRICTION_PER_PS)
@@ -220,19 +232,16 @@ def check(temperature: float, minutes: float, timestep: float, n_walkers: int = 
     generator = torch.Generator().manual_seed(SEED)
     state = dynamics.start(molecule.positions, np.full(n_walkers, temperature), generator=generator)
     state = dynamics.run(state, round(20_000 / timestep), generator=generator)
-    begun, blocks = time.monotonic(), []
-    while time.monotonic() - begun < 60.0 * minutes or len(blocks) < 3:
-        state, means = check_block(dynamics, state, bonds, 20, round(50 / timestep))
-        blocks.append(means)
-    blocks = np.array(blocks)
-    mean = blocks.mean(axis=0)
-    blocks[:, 1] += mean[0] ** 2 - 2.0 * mean[0] * blocks[:, 0]
-    mean, error = blocks.mean(axis=0), blocks.std(axis=0, ddof=1) / np.sqrt(len(blocks))
-    print(f"{temperature:g} K, {timestep:g} fs, {n_walkers} walkers, {len(blocks)} blocks of 1 ps:")
-    for name, value, deviation in zip(
-        ("<U>", "var U", "alpha_L", "phi > 0", "T of bonds", "T of velocities"), mean, error, strict=True
-    ):
-        print(f"  {name} {value:.4f} +- {deviation:.4f}")
+    begun, total, n = time.monotonic(), 0.0, 0
+    while time.monotonic() - begun < 60.0 * minutes or n < 100:
+        state = dynamics.run(state, round(50 / timestep), generator=generator)
+        total, n = total + observed(dynamics, state, bonds), n + 1
+    means = total / n
+    print(f"{temperature:g} K, {timestep:g} fs, {n_walkers} walkers of {0.05 * n:.4g} ps after 20 ps:")
+    left_out = [figures(np.delete(means, walker, axis=1).mean(axis=1)) for walker in range(n_walkers)]
+    for name, value in figures(means.mean(axis=1)).items():
+        error = np.std([found[name] for found in left_out]) * np.sqrt(n_walkers - 1)
+        print(f"  {name:20} {value:.4f} +- {error:.4f}")
 
 
 def main() -> None:

@@ -35,9 +35,9 @@ def load_molecule(settings: MoleculeSettings) -> Molecule:
     )
 
 
-def open_energy(molecule: Molecule, settings: EnergySettings) -> BatchedEnergy | OpenMMEnergy:
-    """The energy of a molecule by the engine that a configuration names."""
-    return choose_energy(molecule.system, molecule.positions, **asdict(settings))
+def open_energy(molecule: Molecule, settings: EnergySettings, n: int | None = None) -> BatchedEnergy | OpenMMEnergy:
+    """The energy of a molecule by the engine that a configuration names, for n configurations to come."""
+    return choose_energy(molecule.system, molecule.positions, n=n, **asdict(settings))
 
 
 def stage_seed(seed: int, purpose: str) -> int:

@@ -18,6 +18,11 @@ ATOM_STEPS = 10_000_000
 """Length of a segment, in atoms times steps of all walkers: some seconds for alanine dipeptide on one core."""
 
 
+def device() -> str:
+    """Where walkers are: on a GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 class BatchedWalkers:
     """All walkers as one batch in single precision, on a GPU where there is one.
 
@@ -31,7 +36,7 @@ class BatchedWalkers:
         self._molecule, self._plan = molecule, plan
         # decided now and not on the way, or the frames would depend on when a run was interrupted
         energy.compile = energy.pays_off(plan.n_rows * plan.n_walkers * plan.steps_per_row)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = device()
         self._dynamics = BatchedLangevin(
             molecule.system,
             energy,

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from openmm import app, unit
 
+from openmm_tsf import batched_walkers
 from openmm_tsf.batched_walkers import BatchedWalkers
 from openmm_tsf.dcd import GrowingDcd
 from openmm_tsf.energy.engines import batched_energy
@@ -86,9 +87,10 @@ def simulate(
     options = {"platform": platform, "precision": precision, "device_index": device_index}
     energy = batched_energy(molecule.system, molecule.positions, engine=engine, **options)
     n_walkers = N_WALKERS[energy is not None] if n_walkers is None else n_walkers
+    name = "openmm" if energy is None else f"batched on {batched_walkers.device()}"
     plan = Plan(
         to_kelvin(temperature), n_frames, float(spacing_fs), n_walkers, timestep_fs, float(friction_per_ps),
-        float(equilibration_ps), seed, _digest(molecule), "openmm" if energy is None else "batched",
+        float(equilibration_ps), seed, _digest(molecule), name,
     )  # fmt: skip
     directory = Path(directory).expanduser()
     state = _load_state(directory, plan)

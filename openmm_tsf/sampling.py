@@ -58,7 +58,7 @@ def sample_to_file(
     out = Path(f"{ensemble_name(temperature)}.npz") if out is None else out
     _check_target(out)
     flow = load_flow(flow_path(source))
-    energy = choose_energy(flow.molecule.system, flow.molecule.positions, engine=engine, platform=platform)
+    energy = choose_energy(flow.molecule.system, flow.molecule.positions, n=n, engine=engine, platform=platform)
     generator = torch.Generator().manual_seed(seed)
     begin = time.perf_counter()
     ensemble = draw(

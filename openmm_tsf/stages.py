@@ -61,7 +61,8 @@ def train_stage(run: Run, progress: Progress | None = None) -> None:
     if not simulate_done(run):
         raise RunError(f"{run.path} has no training frames yet: run the simulate stage first")
     config, molecule = run.config, load_molecule(run.config.molecule)
-    frames, energy = training_frames(run, molecule), open_energy(molecule, config.energy)
+    n = config.train.steps * config.train.batch_draws
+    frames, energy = training_frames(run, molecule), open_energy(molecule, config.energy, n)
     with run.working("train", progress, lambda: energy.n_evaluations) as report:
         flow = start_flow(molecule, frames, config)
         seed = stage_seed(config.seed, "train")
@@ -89,7 +90,7 @@ def sample_stage(run: Run, progress: Progress | None = None) -> None:
     if not missing:
         return
     flow = load_flow(run.path / "flow.tsf")
-    energy = open_energy(flow.molecule, run.config.energy)
+    energy = open_energy(flow.molecule, run.config.energy, run.config.sample.n)
     for temperature in missing:
         _draw_one(run, flow, energy, temperature, progress)
 

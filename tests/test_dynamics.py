@@ -11,6 +11,7 @@ import mdtraj as md
 import numpy as np
 import openmm
 import pytest
+import torch
 from openmm import app, unit
 
 from openmm_tsf import batched_walkers, dynamics, walkers
@@ -126,7 +127,11 @@ def test_number_of_frames_is_rounded_up(short, vacuum, tmp_path):
 @pytest.mark.parametrize("n_cores", [1, 3])
 def test_number_of_threads_does_not_matter(short, whole_run, vacuum, tmp_path, monkeypatch, n_cores):
     monkeypatch.setattr(walkers, "n_cores", lambda: n_cores)
-    simulate(vacuum, directory=tmp_path, **short)
+    torch.set_num_threads(n_cores)
+    try:
+        simulate(vacuum, directory=tmp_path, **short)
+    finally:
+        torch.set_num_threads(1)
     assert (tmp_path / "training.dcd").read_bytes() == whole_run[0]
 
 

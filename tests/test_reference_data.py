@@ -77,4 +77,6 @@ def test_metadata_is_complete(reference: dict[str, np.ndarray]) -> None:
     for key in ("seed", "timestep_fs", "nanoseconds", "openmm", "pymbar", "method", "transitions", "n_blocks"):
         assert key in metadata
     assert metadata["transitions"] > 500
-    assert metadata["block_ps_per_walker"] > 5.0 * metadata["phi_autocorrelation_ps"]
+    assert metadata["picoseconds_per_walker"] > 100.0 * metadata["phi_autocorrelation_ps"]
+    assert metadata["timestep_fs"] == 1.0
+    assert reference["n_frames"] >= 10_000_000

@@ -21,8 +21,9 @@ from openmm_tsf.units import to_float
 
 WORKING_SET = 2**18
 """Pairs times configurations of a chunk on the CPU: a row of pairs then fits the second-level cache."""
-BUFFERS = 40
-"""Values for each pair and configuration that are alive at once, at most: eager evaluation of an implicit solvent."""
+BUFFERS = 80
+"""Values for each pair and configuration that are alive at once, at most (73 were found in GBn2), and twice as many for
+second derivatives."""
 PAYS_OFF = 6e7
 """Pairs times configurations after which compiling (some ten seconds) has paid for itself."""
 
@@ -34,8 +35,8 @@ class BatchedEnergy:
     where a compiler is present. Computes in the dtype of the positions that it is given.
 
     At construction every term is compared with OpenMM's Reference platform (`verify`). Constraints are not applied. A
-    configuration gets U = +inf and zero force, and is counted in `n_nonfinite`, if its energy or one of its forces is
-    not finite; this is without effect on the others of the batch.
+    configuration gets U = +inf and zero force, and is counted in `n_nonfinite`, if its energy, or one of its forces
+    where these are computed, is not finite; this is without effect on the others of the batch.
 
     Supported: HarmonicBondForce, HarmonicAngleForce, PeriodicTorsionForce, RBTorsionForce, CMAPTorsionForce,
     NonbondedForce (NoCutoff and CutoffNonPeriodic), CustomBondForce, CustomAngleForce, CustomTorsionForce,
@@ -92,8 +93,9 @@ class BatchedEnergy:
         self._fields: dict[tuple, ForceField] = {}
         self._kernels: dict[tuple, Kernel | None] = {}
         self._asked: dict[tuple, int] = {}
+        self._poses = _poses(positions, self.n_atoms)
         if verify:
-            check_agreement(self._system, self._field, self._options["parameters"], _poses(positions, self.n_atoms))
+            check_agreement(self._system, self._field, self._options["parameters"], self._poses)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -108,7 +110,9 @@ class BatchedEnergy:
             ValueError: `positions` does not have the shape (B, A, 3) with the System's number of atoms A.
         """
         self._check(positions)
-        return _Energy.apply(positions, self)
+        if torch.is_grad_enabled() and positions.requires_grad:
+            return _Energy.apply(positions, self)
+        return self._energies(positions)
 
     def forces(self, positions: Any) -> tuple[np.ndarray, np.ndarray]:
         """Energies (B,) [kJ/mol] and forces (B, A, 3) [kJ/mol/nm] of positions (B, A, 3), as numpy arrays.
@@ -154,7 +158,8 @@ class BatchedEnergy:
         """
         if positions.ndim != 3 or positions.shape[:2] != (self.n_atoms, 3):
             raise ValueError(f"positions have shape {tuple(positions.shape)}; expected ({self.n_atoms}, 3, batch)")
-        kernel, n = self._kernel_for(positions), positions.shape[2]
+        n = positions.shape[2]
+        kernel = self._kernel_for(positions, n)
         energies, forces = positions.new_empty(n), torch.empty_like(positions)
         for rows in self._chunks(n, positions):
             energies[rows], forces[..., rows] = _padded(kernel, positions[..., rows])
@@ -178,24 +183,42 @@ class BatchedEnergy:
             )
 
     @torch.inference_mode(False)
-    def _sound(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _energies(self, positions: Tensor) -> Tensor:
+        """Energies (B,), +inf where something is not finite; without forces, unless these are in a compiled kernel."""
+        here = positions.new_empty(0, device=self._device or positions.device)
+        if self._compiled_for(here, len(positions)) is not None:
+            return self._sound(positions, n_asked=0)[0]
+        field, energies = self._field_for(here), positions.new_empty(len(positions))
+        with torch.no_grad():
+            for rows in self._chunks(len(positions), here):
+                x = positions[rows].to(here.device).permute(1, 2, 0).contiguous()
+                energy = field(x)
+                energies[rows] = torch.where(energy.isfinite() & x.isfinite().all(0).all(0), energy, torch.inf)
+        self._count(energies)
+        return energies
+
+    @torch.inference_mode(False)
+    def _sound(self, positions: Tensor, n_asked: int | None = None) -> tuple[Tensor, Tensor]:
         """Energies (B,) and forces (B, A, 3); +inf and zero where something is not finite. Counts."""
-        home, positions = positions.device, positions.to(self._device or positions.device)
-        kernel = self._kernel_for(positions)
+        here = positions.new_empty(0, device=self._device or positions.device)
+        kernel = self._kernel_for(here, len(positions) if n_asked is None else n_asked)
         energies, forces = positions.new_empty(len(positions)), torch.empty_like(positions)
-        for rows in self._chunks(len(positions), positions):
-            x = positions[rows].permute(1, 2, 0)
+        for rows in self._chunks(len(positions), here):
+            x = positions[rows].to(here.device).permute(1, 2, 0)
             energy, force = _padded(kernel, x)
             sound = energy.isfinite() & (force + x).isfinite().all(0).all(0)
-            energies[rows] = torch.where(sound, energy, torch.inf)
-            forces[rows] = torch.where(sound, force, 0.0).permute(2, 0, 1)
-        self.n_evaluations += len(positions)
-        self.n_nonfinite += int((energies == torch.inf).sum())
-        return energies.to(home), forces.to(home)
+            energies[rows] = torch.where(sound, energy, torch.inf).to(energies.device)
+            forces[rows] = torch.where(sound, force, 0.0).permute(2, 0, 1).to(energies.device)
+        self._count(energies)
+        return energies, forces
 
-    def _chunks(self, n: int, like: Tensor) -> Iterator[slice]:
+    def _count(self, energies: Tensor) -> None:
+        self.n_evaluations += len(energies)
+        self.n_nonfinite += int((energies == torch.inf).sum())
+
+    def _chunks(self, n: int, like: Tensor, buffers: int = BUFFERS) -> Iterator[slice]:
         pairs = max(1, len(self._field.pairs))
-        size = self._options["memory_limit"] * 2**30 / (BUFFERS * pairs * like.element_size())
+        size = self._options["memory_limit"] * 2**30 / (buffers * pairs * like.element_size())
         if like.device.type == "cpu":
             size = min(size, WORKING_SET / pairs)
         size = max(1, int(size) // LANES) * LANES
@@ -207,19 +230,20 @@ class BatchedEnergy:
             self._fields[key] = copy.deepcopy(self._field).to(like.device, like.dtype)
         return self._fields[key]
 
-    def _kernel_for(self, positions: Tensor) -> Kernel:
-        """Energies and forces in one pass; compiled as soon as that pays."""
+    def _kernel_for(self, like: Tensor, n: int) -> Kernel:
+        """Energies and forces in one pass; compiled as soon as that pays, n configurations being asked for now."""
+        compiled = self._compiled_for(like, n)
+        return value_and_forces(self._field_for(like)) if compiled is None else compiled
+
+    def _compiled_for(self, like: Tensor, n: int) -> Kernel | None:
         # the number of threads is part of what is compiled
-        key = positions.dtype, positions.device, torch.get_num_threads()
-        plain = value_and_forces(self._field_for(positions))
-        wanted = self.compile
-        self._asked[key] = self._asked.get(key, 0) + positions.numel() // (3 * self.n_atoms)
+        key = like.dtype, like.device, torch.get_num_threads()
+        self._asked[key] = self._asked.get(key, 0) + n
         wanted = self.pays_off(self._asked[key]) if self.compile is None else self.compile
         if wanted and key not in self._kernels:
-            example = torch.as_tensor(_poses(None, self.n_atoms)).to(positions).permute(1, 2, 0)
-            self._kernels[key] = compile_kernel(plain, example)
-        compiled = self._kernels.get(key)
-        return plain if compiled is None else compiled
+            example = torch.tensor(self._poses).to(like).permute(1, 2, 0)
+            self._kernels[key] = compile_kernel(value_and_forces(self._field_for(like)), example)
+        return self._kernels.get(key) if wanted else None
 
 
 class _Energy(torch.autograd.Function):
@@ -254,7 +278,7 @@ class _Forces(torch.autograd.Function):
         positions, sound = ctx.saved_tensors
         energy = ctx.energy
         field, products = energy._field_for(positions), torch.empty_like(positions)
-        for rows in energy._chunks(len(positions), positions):
+        for rows in energy._chunks(len(positions), positions, buffers=2 * BUFFERS):
             with torch.enable_grad():
                 x = positions[rows].detach().requires_grad_(True)
                 (slope,) = torch.autograd.grad(field(x.permute(1, 2, 0)).sum(), x, create_graph=True)
@@ -271,7 +295,7 @@ def _padded(kernel: Kernel, positions: Tensor) -> tuple[Tensor, Tensor]:
     """The kernel on contiguous positions, their batch padded to whole vector registers."""
     n = positions.shape[2]
     padded = positions
-    if n % LANES or not positions.is_contiguous():
+    if n % LANES or not positions.is_contiguous() or positions.is_inference():
         padded = positions.new_empty(*positions.shape[:2], -(-n // LANES) * LANES)
         padded[..., :n] = positions
         padded[..., n:] = positions[..., -1:]

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from openmm_tsf.energy.agreement import EnergyMismatch
 from openmm_tsf.energy.batched import BatchedEnergy
+from openmm_tsf.energy.lepton import ExpressionError
 from openmm_tsf.energy.openmm import OpenMMEnergy
 from openmm_tsf.energy.unsupported import UnsupportedForce
 
@@ -18,6 +20,7 @@ def choose_energy(
     system: Any,
     positions: Any = None,
     *,
+    n: int | None = None,
     engine: str | None = None,
     platform: Any = None,
     precision: str | None = None,
@@ -28,6 +31,8 @@ def choose_energy(
     Args:
         system: the OpenMM System.
         positions: (A, 3) [nm], a sound geometry on which batched energies are compared with OpenMM's.
+        n: how many configurations there are to come. It decides now, and not on the way, whether batches are compiled:
+            results are then the same to the last bit however often the work is interrupted.
         engine: "batched", "openmm", or None: OpenMM if one of the next three is given, batched where the System allows,
             and OpenMM otherwise, with a warning that says why.
         platform, precision, device_index: of OpenMM, see `OpenMMEnergy`.
@@ -37,7 +42,11 @@ def choose_energy(
     """
     options = {"platform": platform, "precision": precision, "device_index": device_index}
     energy = batched_energy(system, positions, engine=engine, **options)
-    return OpenMMEnergy(system, **options) if energy is None else energy
+    if energy is None:
+        return OpenMMEnergy(system, **options)
+    if n is not None:
+        energy.compile = energy.pays_off(n)
+    return energy
 
 
 def batched_energy(system: Any, positions: Any, *, engine: str | None, **options: Any) -> BatchedEnergy | None:
@@ -51,7 +60,7 @@ def batched_energy(system: Any, positions: Any, *, engine: str | None, **options
         return None
     try:
         return BatchedEnergy(system, positions, device="cuda" if torch.cuda.is_available() else None)
-    except UnsupportedForce as error:
+    except (UnsupportedForce, ExpressionError, EnergyMismatch) as error:
         if engine == "batched":
             raise
         warnings.warn(f"energies one by one with OpenMM, because batches are not possible: {error}", stacklevel=3)

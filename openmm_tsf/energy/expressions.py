@@ -71,8 +71,10 @@ def _lookup(table: Any) -> Callable[..., Tensor]:
     def look_up(*arguments: Tensor) -> Tensor:
         index, stride = 0, 1
         for argument, size in zip(arguments, sizes, strict=True):  # the first index runs fastest
-            index = index + torch.round(argument.detach()).to(torch.int64) * stride
+            place = torch.nan_to_num(argument.detach()).round().clamp(0, size - 1)  # OpenMM keeps to the table too
+            index = index + place.to(torch.int64) * stride
             stride *= size
-        return torch.as_tensor(array, dtype=arguments[0].dtype, device=arguments[0].device)[index]
+        found = torch.as_tensor(array, dtype=arguments[0].dtype, device=arguments[0].device)[index]
+        return found + 0.0 * sum(argument.detach() for argument in arguments)  # what is not a number stays none
 
     return look_up

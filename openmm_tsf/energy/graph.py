@@ -198,7 +198,8 @@ def apply(op: Any, args: list[Any]) -> Any:
     """The operation on tensors that may be mixed with numbers; a number if there are only numbers."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     if callable(op):
-        return op(*(_tensor(a, tensors[0] if tensors else torch.tensor(0.0)) for a in args))
+        found = op(*(_tensor(a, tensors[0] if tensors else torch.zeros((), dtype=torch.float64)) for a in args))
+        return found if tensors else float(found)
     if tensors:
         return _TENSORS[op](*args)
     with np.errstate(all="ignore"):

@@ -83,7 +83,7 @@ class Cutoff(nn.Module):
         return energy * (1.0 + t * t * t * (-10.0 + t * (15.0 - 6.0 * t)))
 
 
-def read_nonbonded(force: Any, parameters: Mapping[str, float], pairs: Pairs) -> Nonbonded | None:
+def read_nonbonded(force: Any, parameters: Mapping[str, float], pairs: Pairs) -> Nonbonded:
     """The term of an openmm.NonbondedForce.
 
     Raises:

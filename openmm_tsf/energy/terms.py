@@ -133,7 +133,9 @@ def value_and_forces(field: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tu
         with torch.enable_grad():
             positions = positions.detach().requires_grad_(True)
             energy = field(positions)
-            (gradient,) = torch.autograd.grad(energy.sum(), positions, allow_unused=True)
+            gradient = None
+            if energy.requires_grad:
+                (gradient,) = torch.autograd.grad(energy.sum(), positions, allow_unused=True)
         return energy.detach(), torch.zeros_like(positions) if gradient is None else -gradient
 
     return evaluate
