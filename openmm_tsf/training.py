@@ -56,7 +56,7 @@ class TrainingSettings:
 
     steps: int = 3200
     batch_frames: int = 512
-    batch_draws: int = 320
+    batch_draws: int = 352
     flatten: float = 2.0
     energy_weight: float = 0.5
     ramp_start: float = 0.1
