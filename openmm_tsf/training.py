@@ -54,9 +54,9 @@ class TrainingSettings:
         checkpoint_every: steps between checkpoints.
     """
 
-    steps: int = 3200
+    steps: int = 2400
     batch_frames: int = 512
-    batch_draws: int = 352
+    batch_draws: int = 464
     flatten: float = 2.0
     energy_weight: float = 0.5
     ramp_start: float = 0.1

@@ -1244,3 +1244,57 @@ def test_cuda_compiled():
         x = torch.tensor(positions, dtype=dtype)
         wrong = disagreement(*energy.forces(x.cuda()), openmm_says(tiny(), x.double().numpy()), dtype)
         assert not wrong, wrong
+
+
+# --- found in review --------------------------------------------------------------------------------------------------
+
+
+def test_tables_keep_to_their_ends_as_in_openmm():
+    """OpenMM clamps the place in a discrete table; nan stays nan, and harms its own configuration only."""
+    force = openmm.CustomBondForce("table(floor(20*r)-4)*r")
+    force.addTabulatedFunction("table", openmm.Discrete1DFunction([3.0, 5.0, 11.0]))
+    force.addBond(0, 1, [])
+    system = system_of(force, n_atoms=2)
+    x = np.zeros((5, 2, 3))
+    x[:, 1, 0] = [0.05, 0.21, 0.26, 0.31, 3.0]
+    energy = BatchedEnergy(system, x, compile=False)
+    np.testing.assert_allclose(energy.forces(x)[0], openmm_says(system, x)[0], rtol=1e-12)
+    x[2, 1, 0] = math.nan
+    assert np.isinf(energy.forces(x)[0]).tolist() == [False, False, True, False, False]
+
+
+def test_tables_of_constants_are_in_double_precision():
+    force = openmm.CustomBondForce("table(k)*r")
+    force.addGlobalParameter("k", 1.0)
+    force.addTabulatedFunction("table", openmm.Discrete1DFunction([3.0, 1.0 / 3.0]))
+    force.addBond(0, 1, [])
+    BatchedEnergy(system_of(force, n_atoms=2), compile=False)
+
+
+@pytest.mark.parametrize("text", ["5", "5*step(r-0.1)"])
+def test_energies_without_a_slope(text):
+    force = openmm.CustomNonbondedForce(text)
+    for _ in range(3):
+        force.addParticle([])
+    energies, forces = BatchedEnergy(system_of(force, n_atoms=3), compile=False).forces(packings(3, 2))
+    assert energies == pytest.approx(15.0)
+    assert not forces.any()
+
+
+@pytest.mark.parametrize("n", [16, 17])
+def test_positions_made_in_inference_mode(n):
+    energy = engine("everything")
+    with torch.inference_mode():
+        x = torch.tensor(frames_named("everything")[:1]).repeat(n, 1, 1)
+        u, forces = energy.evaluate(x.permute(1, 2, 0).contiguous())
+        torch.testing.assert_close(energy(x), u)
+    assert forces.isfinite().all()
+
+
+def test_energies_alone_equal_those_with_forces():
+    energy, x = engine("everything"), torch.tensor(frames_named("everything"))
+    before = energy.n_evaluations
+    alone = energy(x)
+    assert not alone.requires_grad
+    torch.testing.assert_close(alone, energy(x.clone().requires_grad_()).detach(), rtol=1e-12, atol=0.0)
+    assert energy.n_evaluations == before + 2 * len(x)

@@ -48,6 +48,13 @@ def test_the_engine_follows_the_options(ala2, options, kind):
             assert energy.platform == options["platform"]
 
 
+def test_what_is_to_come_decides_about_compiling(ala2):
+    """And not what has been: or an interrupted run would go on with other last bits."""
+    assert choose_energy(ala2.system, n=1000).compile is False
+    assert choose_energy(ala2.system, n=10_000_000).compile is True
+    assert choose_energy(ala2.system).compile is None
+
+
 def test_both_engines_agree(ala2):
     x = torch.tensor(ala2.positions[None] + np.random.default_rng(3).normal(scale=0.01, size=(20, 22, 3)))
     batched, one_by_one = (choose_energy(ala2.system, engine=e)(x) for e in ("batched", "openmm"))
