@@ -166,6 +166,23 @@ class Analysis:
         draws = generator.multinomial(self.n_blocks, np.full(self.n_blocks, 1.0 / self.n_blocks), size=n_replicates)
         return [self.figures(draw) for draw in draws]
 
+    def ramachandran_errors(self, n_replicates: int) -> np.ndarray:
+        """Standard errors of the Ramachandran bins (targets, bins, bins), from all frames and with f_k as they are.
+
+        Unlike basins, neighbouring bins see motion within a fraction of a picosecond, so that thinned frames would show
+        larger errors than there are.
+        """
+        generator = np.random.default_rng(SEED)
+        draws = generator.multinomial(self.n_blocks, np.full(self.n_blocks, 1.0 / self.n_blocks), size=n_replicates)
+        place = np.maximum(self.block, 0) * N_BINS**2 + self.cell
+        errors = []
+        for temperature in TARGETS:
+            weight = self.weights(temperature, np.ones(self.n_blocks, dtype=int), self.f)
+            sums = np.bincount(place, weights=weight, minlength=self.n_blocks * N_BINS**2).reshape(self.n_blocks, -1)
+            shares = draws @ sums
+            errors.append((shares / shares.sum(axis=1, keepdims=True)).std(axis=0, ddof=1))
+        return np.array(errors).reshape(-1, N_BINS, N_BINS)
+
 
 def _bin(angle: np.ndarray) -> np.ndarray:
     return np.clip(((angle + np.pi) * N_BINS / (2.0 * np.pi)).astype(int), 0, N_BINS - 1)
@@ -200,6 +217,7 @@ def analyse(out: Path, write: Path | None, n_blocks: int = N_BLOCKS, n_replicate
     analysis = Analysis(raw, settings["sampled_temperatures"], n_blocks, start=thinned)
     best, replicates = analysis.figures(), thinned.bootstrap(n_replicates)
     error = Figures(*(np.std(column, axis=0, ddof=1) for column in zip(*replicates, strict=True)))
+    error = error._replace(ramachandran=analysis.ramachandran_errors(n_replicates))
     arrays = summary(analysis, best, error)
     metadata = settings | described(raw, settings, analysis) | {"n_blocks": n_blocks, "n_replicates": n_replicates}
     table(best, error, arrays)
