@@ -32,8 +32,9 @@ with tempfile.TemporaryDirectory() as folder:
     print(tsf.build_zmatrix(molecule))
 
     frames = tsf.simulate(
-        molecule, temperature=600.0, n_frames=options.frames, spacing_fs=20.0, directory=folder, seed=1
-    )
+        molecule, temperature=600.0, n_frames=options.frames, spacing_fs=20.0, n_walkers=64, equilibration_ps=1.0,
+        directory=folder, seed=1,
+    )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     flow = tsf.build_flow(molecule, frames, tsf.FlowSettings(blocks=2, hidden=32), generator=generator)
     settings = tsf.TrainingSettings(steps=options.steps, evaluate_every=50)
