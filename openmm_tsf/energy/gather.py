@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +42,6 @@ class SparseMap(nn.Module):
                 back[column].append(factor)
         self._add("forward", columns, coefficients)
         self._add("backward", rows_of, back)
-        self.n_rows, self.n_columns = len(columns), n_columns
         self._gather = _simplest(self.forward_index, self.forward_factor)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,13 +55,12 @@ class SparseMap(nn.Module):
     def _add(self, name: str, entries: Sequence[Sequence[int]], factors: Sequence[Sequence[float]]) -> None:
         # (k, rows) and not (rows, k): inductor then vectorises over the batch, which is six times as fast
         width = max([1, *map(len, entries)])
-        index = torch.zeros(width, len(entries), dtype=torch.int64)
-        factor = torch.zeros(width, len(entries), dtype=torch.float64)
+        index = np.zeros((width, len(entries)), dtype=np.int64)
+        factor = np.zeros((width, len(entries)))
         for r, (row, values) in enumerate(zip(entries, factors, strict=True)):
-            index[: len(row), r] = torch.tensor(row, dtype=torch.int64)
-            factor[: len(row), r] = torch.tensor(values, dtype=torch.float64)
-        self.register_buffer(f"{name}_index", index)
-        self.register_buffer(f"{name}_factor", None if bool((factor == 1.0).all()) else factor)
+            index[: len(row), r], factor[: len(row), r] = row, values
+        self.register_buffer(f"{name}_index", torch.from_numpy(index))
+        self.register_buffer(f"{name}_factor", None if (factor == 1.0).all() else torch.from_numpy(factor))
 
     def _tables(self, name: str) -> tuple[Tensor, Tensor | None]:
         return getattr(self, f"{name}_index"), getattr(self, f"{name}_factor")
