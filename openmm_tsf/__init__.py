@@ -25,6 +25,8 @@ _HOMES = {
     "training": ("History", "TrainingSettings", "train"),
     "checkpoint": ("CheckpointError", "flow_info", "load_flow", "pretrained", "save_flow"),
     "ensemble": ("Ensemble", "draw"),
+    "metropolis": ("Target", "Walkers", "independence_step", "latent_step"),
+    "exchange": ("FlowMove", "FlowReplicaExchangeSampler"),
     "weights": ("effective_sample_size",),
     "notebook": ("view", "view_basins"),
 }

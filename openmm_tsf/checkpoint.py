@@ -113,6 +113,19 @@ def pretrained(name: str = "ala2", *, dtype: torch.dtype = torch.float64) -> Flo
     return load_flow(pretrained_path(name), dtype=dtype)
 
 
+def flow_path(source: str | os.PathLike) -> Path:
+    """The checkpoint that a path to it, a run directory or a pretrained name means.
+
+    Raises:
+        FileNotFoundError: what looks like a path is not there.
+        ValueError: there is no pretrained flow of that name.
+    """
+    path = Path(source)
+    if not path.exists() and (path.suffix or len(path.parts) > 1):
+        raise FileNotFoundError(f"no flow at {path}")
+    return (path / "flow.tsf" if path.is_dir() else path) if path.exists() else pretrained_path(str(source))
+
+
 def pretrained_path(name: str) -> Path:
     """Where the pretrained flow of that name is.
 

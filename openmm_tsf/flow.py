@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .geometry import wrap
 from .internals import FlatInternals
 from .priors import MolecularPrior, SteeredPrior
 from .systems import Molecule
@@ -155,10 +157,15 @@ class SteeredFlow:
     def propose(self, n: int, *, generator: torch.Generator) -> tuple[Positions, Scalars, Mask]:
         """n raw draws: positions (n, atoms, 3) [nm] (NaN off the chart), ln q [nat], and which are on the chart."""
         q, log_prob = self.sample_internals(n, generator=generator)
-        inside = self.flow.internals.chart(q)
-        x = q.new_full((n, self.flow.internals.n_atoms, 3), torch.nan)
-        x[inside] = self.flow.internals(q[inside])[0]
+        x, inside = self._placed(q)
         return x, log_prob, inside
+
+    def _placed(self, q: Vectors) -> tuple[Positions, Mask]:
+        """Positions of internals, NaN off the chart, and which are on it."""
+        inside = self.flow.internals.chart(q)
+        x = q.new_full((len(q), self.flow.internals.n_atoms, 3), torch.nan)
+        x[inside] = self.flow.internals(q[inside])[0]
+        return x, inside
 
     @torch.no_grad()
     def sample(self, n: int, *, generator: torch.Generator) -> tuple[Positions, Scalars]:
@@ -181,9 +188,41 @@ class SteeredFlow:
             return self.propose(0, generator=generator)[:2]
         return torch.cat(xs)[:n], torch.cat(logs)[:n]
 
-    def log_constraint_factor(self, x: Positions) -> Scalars:
+    @property
+    def latent_scale(self) -> Tensor:
+        """(D,) widths of a unit step of the latent walk: sqrt(tau) on lines, 1 on circles."""
+        prior = self.prior
+        scale = prior.prior.like.new_ones(prior.prior.dim)
+        scale[: prior.prior.n_stiff] = math.sqrt(prior.tau)
+        return scale
+
+    @torch.no_grad()
+    def score(self, x: Positions, *, generator: torch.Generator | None = None) -> Scalars:
+        """`log_prob`, without its gradient; the generator is for flows with momenta."""
+        return self.log_prob(x)
+
+    @torch.no_grad()
+    def to_latents(self, x: Positions, *, generator: torch.Generator | None = None) -> tuple[Vectors, Scalars]:
+        """Latents (batch, D) of positions (batch, atoms, 3) [nm], and ln|det| from there, -inf off the chart."""
+        q, _ = self.flow.internals.inverse(x.to(self.flow.dtype))
+        z, log_det = self.flow.transform.inverse(q)
+        return z, torch.where(self.flow.internals.chart(q), -log_det, -torch.inf)
+
+    @torch.no_grad()
+    def from_latents(self, z: Vectors) -> tuple[Positions, Scalars, Mask]:
+        """Positions [nm] (NaN off the chart) of latents, ln|det| from there, and which are on the chart.
+
+        Torsions among the latents are wrapped, stiff ones among the internals are not: beyond their branch is off the
+        chart.
+        """
+        n_stiff = self.flow.prior.n_stiff
+        q, log_det = self.flow.transform(torch.cat((z[:, :n_stiff], wrap(z[:, n_stiff:])), 1))
+        x, inside = self._placed(q)
+        return x, log_det, inside
+
+    def log_constraint_factor(self, x: Positions, masses: Tensor | None = None) -> Scalars:
         """ln det Zc / 2 of positions (batch, atoms, 3), to be added to log weights; zero without constraints."""
-        return self.flow.internals.log_constraint_factor(x)
+        return self.flow.internals.log_constraint_factor(x, masses)
 
     def __repr__(self) -> str:
         return f"{self.flow!r} at {self.temperature:g} K"

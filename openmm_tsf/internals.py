@@ -178,10 +178,23 @@ class FlatInternals(nn.Module):
         a, b, c = local[:, rows]
         return bond[:, family] + a * e1[:, family] + b * e2[:, family] + c * normal[:, family]
 
-    def log_constraint_factor(self, x: Positions) -> Scalars:
+    def moved_onto(self, x: Positions, onto: Positions) -> Positions:
+        """Positions (batch, atoms, 3) as `forward` gives them, with the root atoms where those of `onto` are.
+
+        The first root atom coincides, the second is in the same direction, the third in the same half plane: the six
+        coordinates that flat internals leave out. Changing internals at fixed values of these has a unit Jacobian.
+        """
+        a, b, c = (onto[:, atom].to(x) for atom in self.zmatrix.root)
+        e1 = torch.nn.functional.normalize(b - a, dim=1)
+        e3 = torch.nn.functional.normalize(torch.linalg.cross(e1, c - b), dim=1)
+        axes = torch.stack((e1, torch.linalg.cross(e3, e1), e3), 1)
+        return a[:, None] + x @ axes
+
+    def log_constraint_factor(self, x: Positions, masses: Tensor | None = None) -> Scalars:
         """ln det Zc / 2 of positions (batch, atoms, 3), which rigid bonds add to ln of the target; zero without them.
 
-        Zc_ij = sum_k (1/m_k) grad_k sigma_i . grad_k sigma_j over the constraints sigma (Fixman's factor).
+        Zc_ij = sum_k (1/m_k) grad_k sigma_i . grad_k sigma_j over the constraints sigma (Fixman's factor), with the
+        molecule's own masses, or others (atoms,) [amu].
         """
         n = len(self.rigid_pairs)
         if n == 0:
@@ -190,7 +203,7 @@ class FlatInternals(nn.Module):
         direction = torch.nn.functional.normalize(x[:, one] - x[:, two], dim=-1)
         gradient = x.new_zeros(len(x), n, self.n_atoms, 3)
         rigid = torch.arange(n, device=x.device)
-        scale = self.masses.to(x).rsqrt()
+        scale = (self.masses if masses is None else masses).to(x).rsqrt()
         gradient[:, rigid, one] = direction * scale[one, None]
         gradient[:, rigid, two] = -direction * scale[two, None]
         gradient = gradient.flatten(2)

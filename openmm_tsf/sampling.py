@@ -12,7 +12,7 @@ import torch
 
 from . import __version__
 from .analysis import alpha_left, phi_psi
-from .checkpoint import flow_info, load_flow, pretrained_path
+from .checkpoint import flow_info, flow_path, load_flow
 from .energy import BatchedEnergy, choose_energy
 from .energy.platforms import available_platforms, n_cores
 from .energy.unsupported import UnsupportedForce
@@ -23,16 +23,6 @@ from .systems import Molecule
 FRAME_FORMATS = (".dcd", ".xtc", ".trr", ".nc", ".pdb", ".gro", ".xyz")
 """Endings that get equally likely frames; only .npz gets the draws with their weights."""
 SHOWN_VERSIONS = ("torch", "openmm", "openmmtools", "mdtraj", "nglview", "numpy")
-
-
-def flow_path(source: str) -> Path:
-    """The checkpoint that a path to it, a run directory or a pretrained name means.
-
-    Raises:
-        ValueError: there is no file or flow of that name.
-    """
-    path = Path(source)
-    return (path / "flow.tsf" if path.is_dir() else path) if path.exists() else pretrained_path(source)
 
 
 def sample_to_file(

@@ -56,3 +56,33 @@ class Steerable(Protocol):
     """A family of densities q_T(x) = exp(-E(x)/kT)/Z(T) with one E; the only door for temperature."""
 
     def at(self, temperature: float) -> Samplable: ...
+
+
+@runtime_checkable
+class Proposal(Protocol):
+    """What Metropolis steps ask of a flow at one temperature, with the map G from latents z to configurations x.
+
+    A flow with momenta draws p ~ N(0, tau) for the x that it is given; everything is then of the pair (x, p), and
+    ln N(p; 0, tau) is taken off where a density is, and added where a volume is, so that callers need not know.
+    """
+
+    @property
+    def latent_scale(self) -> Tensor:
+        """(D,) widths of a unit step of the latent walk: sqrt(tau) on lines, 1 on circles."""
+        ...
+
+    def propose(self, n: int, *, generator: torch.Generator) -> tuple[Tensor, Scalars, Mask]:
+        """n draws, their ln q [nat], and which can be configurations; the others may be NaN."""
+        ...
+
+    def score(self, x: Tensor, *, generator: torch.Generator) -> Scalars:
+        """ln q(x) [nat], -inf where the flow cannot represent x."""
+        ...
+
+    def to_latents(self, x: Tensor, *, generator: torch.Generator) -> tuple[Vectors, Scalars]:
+        """z of x and ln|det dG(z)|, -inf where the flow cannot represent x."""
+        ...
+
+    def from_latents(self, z: Vectors) -> tuple[Tensor, Scalars, Mask]:
+        """x of z, ln|det dG(z)|, and which x can be configurations; the others may be NaN."""
+        ...

@@ -20,7 +20,7 @@ GROUPS = 32
 
 
 class EnergyMismatch(ValueError):
-    """A batched term that is not what OpenMM computes."""
+    """A batched term that is not what OpenMM computes, or that could not be compared with it."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ def check_agreement(
     """Refuse a field that is not what OpenMM computes.
 
     Raises:
-        EnergyMismatch: with the terms that differ, and by how much.
-        ValueError: a term that is not finite in OpenMM on any of the positions, so that there is nothing to compare.
+        EnergyMismatch: with the terms that differ, and by how much; or with those that are not finite in OpenMM on any
+            of the positions, so that there is nothing to compare.
     """
     rows = agreements(system, field, parameters, positions)
     blind = [row.label for row in rows if not row.n]
     if blind:
-        raise ValueError(
+        raise EnergyMismatch(
             f"{', '.join(blind)} could not be compared with OpenMM: not finite on any of {len(positions)} geometries; "
             "give sound positions=, or verify=False"
         )

@@ -146,9 +146,9 @@ class OpenMMEnergy:
             for row in rows:
                 if stop.is_set():
                     return
-                energies[row] = _evaluate_one(context, x[row], forces[row] if with_forces else None)
+                energies[row] = evaluate_one(context, x[row], forces[row] if with_forces else None)
 
-        sound = np.flatnonzero(_is_sound(x))
+        sound = np.flatnonzero(is_sound(x))
         n_threads = min(len(self._threads), math.ceil(len(sound) / 4))
         self._threads.share(work, _blocks(sound, n_threads), n_threads)
         self.n_evaluations += len(x)
@@ -161,6 +161,28 @@ class OpenMMEnergy:
             integrator = openmm.VerletIntegrator(0.001)
             self._contexts[index] = openmm.Context(self._system, integrator, self._platform, self._properties)
         return self._contexts[index]
+
+
+class ContextEnergy:
+    """Potential energy U(x) [kJ/mol] by a Context that somebody else made, one configuration after the other.
+
+    What is sound and what is +inf is as in `OpenMMEnergy`. The Context is left with the last positions.
+
+    Args:
+        context: of any integrator and platform, with its global parameters set.
+    """
+
+    def __init__(self, context: openmm.Context) -> None:
+        self._context = context
+
+    @torch.no_grad()
+    def __call__(self, positions: Positions) -> Scalars:
+        """Energies (B,) [kJ/mol] of positions (B, A, 3) [nm], not differentiable."""
+        x = np.ascontiguousarray(positions.detach().cpu().numpy(), dtype=np.float64)
+        energies = np.full(len(x), np.inf)
+        for row in np.flatnonzero(is_sound(x)):
+            energies[row] = evaluate_one(self._context, x[row], None)
+        return torch.from_numpy(energies).to(positions)
 
 
 class _Energy(torch.autograd.Function):
@@ -186,7 +208,7 @@ def _rebuild(
     return OpenMMEnergy(system, platform, precision=precision, device_index=device_index, n_contexts=n_contexts)
 
 
-def _evaluate_one(context: openmm.Context, positions: np.ndarray, forces: np.ndarray | None) -> float:
+def evaluate_one(context: openmm.Context, positions: np.ndarray, forces: np.ndarray | None) -> float:
     """Energy [kJ/mol] of one configuration, +inf if that or a force is no sound number; fills forces if sound."""
     context.setPositions(positions)
     try:
@@ -207,7 +229,7 @@ def _evaluate_one(context: openmm.Context, positions: np.ndarray, forces: np.nda
     return energy
 
 
-def _is_sound(x: np.ndarray) -> np.ndarray:
+def is_sound(x: np.ndarray) -> np.ndarray:
     """Rows (B,) whose coordinates are all finite and whose atoms are all apart."""
     sound = (np.abs(x) <= FARTHEST).all(axis=(1, 2))
     # If two atoms are within CLOSEST of each other, then two neighbours along any unit vector are as close. A skew
