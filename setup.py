@@ -11,6 +11,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "openmm_tsf" / "__init__.
 INSTALL_REQUIRES = [
     "openmm>=8.2",
     "openmmtools>=0.25",
+    "netCDF4>=1.6",
     "torch>=2.4",
     "mdtraj>=1.10",
     "nglview>=3.1",
@@ -29,8 +30,16 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     "cuda12": ["openmm[cuda12]>=8.2"],
     "cuda13": ["openmm[cuda13]>=8.4"],
-    "mpi": ["mpi4py>=4.0"],
-    "test": ["pytest>=8.2", "hypothesis>=6.100", "zuko>=1.3", "beartype>=0.18.5", "ruff>=0.9"],
+    "mpi": ["mpi4py>=4.0", "mpich>=4.2"],
+    "test": [
+        "pytest>=8.2",
+        "hypothesis>=6.100",
+        "zuko>=1.3",
+        "beartype>=0.18.5",
+        "ruff>=0.9",
+        "mpi4py>=4.0; platform_system == 'Linux'",
+        "mpich>=4.2; platform_system == 'Linux'",
+    ],
     "docs": ["nbconvert>=7.0", "ipykernel>=6.29"],
 }
 

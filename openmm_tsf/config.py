@@ -49,7 +49,7 @@ def parse_config(table: dict[str, Any]) -> Config:
     Raises:
         ConfigError: see `load_config`.
     """
-    return _read(Config, table, "")
+    return read_table(Config, table, "")
 
 
 def dump_config(config: Config) -> str:
@@ -107,7 +107,7 @@ def _absolute(config: Config, folder: Path) -> Config:
     )
 
 
-def _read(cls: type, table: Any, where: str) -> Any:
+def read_table(cls: type, table: Any, where: str) -> Any:
     """A dataclass from a TOML table, every key checked; `where` is the dotted name of the table."""
     if not isinstance(table, dict):
         raise ConfigError(f"{where} = {table!r} must be a table: [{where}]")
@@ -138,7 +138,7 @@ def _value(hint: Any, value: Any, key: str) -> Any:
     wanted = [option for option in options if option is not type(None)]
     for option in wanted:
         if dataclasses.is_dataclass(option):
-            return _read(option, value, key)
+            return read_table(option, value, key)
         fitted = _fit(option, value, key)
         if fitted is not None:
             return fitted

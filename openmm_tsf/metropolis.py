@@ -203,7 +203,7 @@ def _chosen(walkers: Walkers, new: Walkers, chosen: Tensor) -> Walkers:
 
 
 def _info(
-    n: int, b: int, n_accepted: Tensor, new: Walkers, valid: Mask, representable: Mask, log_ratio: Tensor
+    n: int, b: int, n_accepted: Tensor, new: Walkers, valid: Tensor, representable: Tensor, log_ratio: Tensor
 ) -> StepInfo:
     nonfinite = (valid & (new.energy == math.inf)).view(n, b) & representable
     return StepInfo(n, n_accepted, nonfinite.sum(0), (~valid).view(n, b).sum(0), representable, log_ratio)

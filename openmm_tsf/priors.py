@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from .typing import Scalars, Vectors
 
 GRID = {1: 512, 2: 128}
 """Quadrature points along each side of the circle or torus."""
+MOST_KEPT = 128
+"""Tables that a factor of a frozen flow keeps, two for each temperature."""
 WARMER = 4.0
 """How much hotter the backbone torsions of exploring draws are."""
 
@@ -82,6 +84,7 @@ class TorusFactor(nn.Module):
         self.dim = dim
         self.marginal = TorusPotential(dim, energy_order)
         self.entropy = TorusPotential(dim, entropy_order)
+        self._kept: dict[tuple, Tensor] = {}
 
     def energy(self, angles: Tensor) -> Scalars:
         """e of angles (batch, dim), up to a constant: (batch,)."""
@@ -96,12 +99,13 @@ class TorusFactor(nn.Module):
 
     def log_z(self, tau: float) -> Tensor:
         """ln of the integral of exp(-e/tau + s); the trapezoid rule converges exponentially for periodic functions."""
-        return self._on_grid(tau).flatten().logsumexp(0) + self.dim * math.log(TWO_PI / GRID[self.dim])
+        constant = self.dim * math.log(TWO_PI / GRID[self.dim])
+        return self._keeping("log_z", tau, lambda: self._on_grid(tau).flatten().logsumexp(0) + constant)
 
     @torch.no_grad()
     def sample(self, n: int, tau: float, *, generator: torch.Generator) -> Tensor:
         """Exact draws (n, dim) [rad]: a cell-constant envelope and rejection."""
-        envelope = self._envelope(tau)
+        envelope = self._keeping("envelope", tau, lambda: self._envelope(tau))
         total = torch.cumsum(torch.exp(envelope - envelope.max()).double(), 0)
         drawn = [envelope.new_zeros(0, self.dim)]
         while (have := sum(map(len, drawn))) < n:
@@ -114,6 +118,18 @@ class TorusFactor(nn.Module):
             accepted = u[:, 1].log().to(envelope) < self.exponent(angles, tau) - envelope[cell]
             drawn.append(wrap(angles[accepted]))
         return torch.cat(drawn)[:n]
+
+    def _keeping(self, what: str, tau: float, make: Callable[[], Tensor]) -> Tensor:
+        """make(), kept for the next time where nothing is being trained: a move draws a few at a time, and often."""
+        numbers = list(self.parameters())
+        if any(p.requires_grad for p in numbers):
+            return make()
+        key = what, tau, *((p.data_ptr(), p._version, p.dtype) for p in numbers)
+        if key not in self._kept:
+            if len(self._kept) >= MOST_KEPT:
+                self._kept.clear()
+            self._kept[key] = make()
+        return self._kept[key]
 
     def _envelope(self, tau: float) -> Tensor:
         """An upper bound of the exponent on every cell: value and slope at its centre, and the largest curvature."""

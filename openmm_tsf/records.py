@@ -18,7 +18,7 @@ class ExchangeRecord:
         levels: (I, R), index of each replica's temperature during the iteration.
         energies: (I, R), raw potential energy [kJ/mol] at the end of the iteration, before temperatures are exchanged.
         swap_proposed, swap_accepted: (K, K), symmetric totals of exchanges between two temperatures.
-        move_counts: of the flow moves, one mapping for each temperature (keys: `flow_steps.COUNTS`), empty without them.
+        move_counts: of the flow moves, a mapping for each temperature (keys: `flow_steps.COUNTS`), empty without them.
         positions: (J, R, A, 3) float32 [nm].
         position_iterations: (J,), the iteration that each stored frame ends.
         n_energy_evaluations: of dynamics and moves; None where unknown.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -204,7 +205,10 @@ def apply_steps(
 
 def seed_from_numpy(most: int) -> int:
     """A seed in 1 ... most - 1 from numpy's global generator, which is what decides all moves of openmmtools."""
-    return int(np.random.randint(1, most, dtype=np.int64))  # noqa: NPY002
+    drawn = int(np.random.randint(1, most, dtype=np.int64))  # noqa: NPY002
+    # the rank of MPI as well: with numpy seeded alike on all ranks, replicas would share their random numbers
+    mixed = np.random.SeedSequence((drawn, _rank())).generate_state(1, np.uint64)[0]
+    return int(mixed) % (most - 1) + 1
 
 
 def fresh_velocities(context: openmm.Context, positions: np.ndarray, temperature: float) -> unit.Quantity:
@@ -212,6 +216,12 @@ def fresh_velocities(context: openmm.Context, positions: np.ndarray, temperature
     context.setPositions(positions)
     context.setVelocitiesToTemperature(temperature, seed_from_numpy(2**31 - 1))
     return context.getState(velocities=True).getVelocities(asNumpy=True)
+
+
+def _rank() -> int:
+    mpiplus = sys.modules.get("mpiplus.mpiplus")
+    comm = None if mpiplus is None else mpiplus.get_mpicomm()
+    return 0 if comm is None else comm.rank
 
 
 def _check_ensemble(thermodynamic_state: Any) -> None:
