@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import textwrap
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PACKAGES = ("torch", "openmm", "mdtraj", "numpy")
-FOOT = 0.24
-"""Height of the small print [inch]."""
+FOOT, LINE = 0.24, 0.115
+"""Height of one line of small print, and of each further one [inch]."""
+MARGIN, MOST_PER_INCH = 0.008, 27.0
+"""Beside the small print, a share of the width; and more of its letters than fit into an inch."""
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
@@ -46,16 +49,26 @@ def new_figure(rows: int, columns: int, *, width: float, height: float) -> tuple
 
 
 def footer(figure: Figure, text: str) -> None:
-    """Put the small print at the foot, below everything else."""
-    inches = figure.get_size_inches()[1]
-    figure.get_layout_engine().set(rect=(0, FOOT / inches, 1, 1 - FOOT / inches))
-    figure.text(0.008, 0.07 / inches, text.strip(), fontsize=6.3, color="#666666", ha="left", va="bottom")
+    """Put the small print at the foot, below everything else; a figure too narrow for one line grows taller."""
+    style = {"fontsize": 6.3, "color": "#666666", "ha": "left", "va": "bottom", "linespacing": 1.25}
+    foot, (width, inches) = figure.text(MARGIN, 0.0, "", **style), figure.get_size_inches()
+    for letters in range(round(MOST_PER_INCH * width), 20, -2):
+        rule = {"width": letters, "break_long_words": False, "break_on_hyphens": False}
+        lines = [line for part in text.strip().splitlines() for line in textwrap.wrap(part, **rule)]
+        foot.set_text("\n".join(lines))
+        if foot.get_window_extent().x1 <= (1.0 - MARGIN) * figure.bbox.x1:
+            break
+    more = LINE * max(0, len(lines) - 1)
+    inches += more
+    figure.set_size_inches(width, inches)
+    figure.get_layout_engine().set(rect=(0, (FOOT + more) / inches, 1, 1 - (FOOT + more) / inches))
+    foot.set_y(0.07 / inches)
 
 
-def versions() -> dict[str, str]:
-    """Versions of this package and of those that its figures depend on."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of this package, of those that its figures depend on, and of `more` packages."""
     found = {"openmm-tsf": __version__}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -63,9 +76,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def small_print(seed: int) -> str:
-    """Seed and versions, for the foot of a figure."""
-    return f"Seed {seed}; " + ", ".join(f"{name} {number}" for name, number in versions().items()) + "."
+def small_print(seed: int, *more: str) -> str:
+    """Seed and versions, those of `more` packages too, for the foot of a figure."""
+    return f"Seed {seed}; " + ", ".join(f"{name} {number}" for name, number in versions(*more).items()) + "."
 
 
 def save(figure: Figure, path: str | os.PathLike, *, dpi: int = 200) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `openmm-tsf run | simulate | train | sample | report | info`.
+"""The command line: `openmm-tsf run | simulate | train | sample | exchange | report | info`.
 
 Nothing heavy is imported before a command runs, so that --help answers at once.
 """
@@ -203,6 +203,69 @@ def sample(
             progress=bar,
         )  # fmt: skip
     table(f"{path} at {temperature:g} K", rows)
+
+
+@app.command(
+    epilog=_examples(
+        "openmm-tsf exchange ala2 --out exchanges/ala2",
+        "# longer: what is there goes on",
+        "openmm-tsf exchange exchanges/ala2 -n 4000",
+        "# the same with openmmtools, which writes exchange.nc",
+        "openmm-tsf exchange ala2 --sampler openmmtools --temperatures 300,357,424,505,600 --out exchanges/nc",
+        "# without the flow, to see what it is worth",
+        "openmm-tsf exchange ala2 --plain --out exchanges/plain",
+    )
+)
+@friendly
+def exchange(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="FLOW|DIR", help="A checkpoint, a run directory, or: ala2; or an exchange to go on."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Directory; by default exchange in a run's.")
+    ] = None,
+    n: Annotated[int | None, typer.Option("-n", min=1, help="Iterations in all; 1000 by default.")] = None,
+    temperatures: Annotated[
+        str | None, typer.Option(metavar="T,T,...", help="The ladder, K, ascending; or one is made of the next four.")
+    ] = None,
+    lowest: Annotated[float, typer.Option(callback=_kelvin, help="Lowest temperature, K.")] = 300.0,
+    highest: Annotated[float, typer.Option(callback=_kelvin, help="Highest temperature, K.")] = 600.0,
+    levels: Annotated[int, typer.Option(min=2, help="Number of temperatures.")] = 5,
+    ladder: Annotated[
+        str, typer.Option(help="geometric; or flow: equal acceptance by the flow's own free energies.")
+    ] = "geometric",
+    sampler: Annotated[str, typer.Option(help="batched: all walkers at once; or openmmtools.")] = "batched",
+    replicas: Annotated[int, typer.Option(min=1, help="Replicas at each temperature (batched).")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of dynamics in an iteration.")] = 100,
+    timestep: Annotated[float | None, typer.Option(help="Time step, fs; by default 1, or 2 with constraints.")] = None,
+    kind: Annotated[str, typer.Option(help="Of the flow's move: independence, latent or mixed.")] = "independence",
+    proposals: Annotated[int, typer.Option(min=1, help="Draws of the flow for each replica in an iteration.")] = 16,
+    explore: Annotated[float, typer.Option(min=0.0, max=0.99, help="Share of them spread over all basins.")] = 0.0,
+    swaps: Annotated[str, typer.Option(help="Who swaps: neighbours or random pairs (batched).")] = "neighbours",
+    plain: Annotated[bool, typer.Option("--plain", help="No moves with the flow.")] = False,
+    store_every: Annotated[int, typer.Option(min=1, help="Iterations between stored frames.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed.")] = 1,
+    debug: Debug = False,
+) -> None:
+    """Replica exchange in temperature, with the flow as a Metropolis move.
+
+    Exact whatever the flow is worth. Writes exchange.html with acceptance,
+    swaps, replica paths, round trips, free energies by MBAR, and the lowest
+    temperature beside the flow's own draws; exchange.json with all figures;
+    frames of the lowest temperature as a trajectory.
+    """
+    from .console import Bar
+    from .exchange_stage import run_exchange, settings_of, summary
+
+    directory, settings = settings_of(
+        source, out, n, temperatures, (lowest, highest, levels, ladder), sampler=sampler, n_replicas=replicas,
+        n_dynamics_steps=steps, timestep_fs=timestep, kind=kind, n_proposals=proposals, explore=explore, swaps=swaps,
+        plain=plain, store_every=store_every, seed=seed,
+    )  # fmt: skip
+    with Bar("exchange") as bar:
+        found = run_exchange(directory, settings, progress=bar)
+    table(f"{directory}/exchange.html", summary(found))
 
 
 @app.command(epilog=_examples("openmm-tsf info", "openmm-tsf info runs/ala2/flow.tsf"))

@@ -90,7 +90,7 @@ def simulate(
     name = "openmm" if energy is None else f"batched on {batched_walkers.device()}"
     plan = Plan(
         to_kelvin(temperature), n_frames, float(spacing_fs), n_walkers, timestep_fs, float(friction_per_ps),
-        float(equilibration_ps), seed, _digest(molecule), name,
+        float(equilibration_ps), seed, molecule_digest(molecule), name,
     )  # fmt: skip
     directory = Path(directory).expanduser()
     state = _load_state(directory, plan)
@@ -175,7 +175,7 @@ def _load_state(directory: Path, plan: Plan) -> State | None:
     return State(int(data["row"]), data["positions"], data["velocities"])
 
 
-def _digest(molecule: Molecule) -> str:
+def molecule_digest(molecule: Molecule) -> str:
     """Short hash of the forces, atoms, bonds and reference positions."""
     data = molecule.to_dict()
     data["system"] = re.sub(r' openmmVersion="[^"]*"', "", data["system"])

@@ -54,7 +54,7 @@ class Target:
             raise ValueError(f"kT must be finite and above 0 kJ/mol, not {self.kT:g}")
 
     def at(self, x: Tensor) -> Walkers:
-        """Walkers at these configurations, everything computed anew.
+        """Walkers at these configurations, in double precision, everything computed anew.
 
         Raises:
             ValueError: configurations or energies that are not finite (U = +inf is allowed), and how many.
@@ -65,7 +65,9 @@ class Target:
                 f"{int(wrong.sum())} of {len(x)} configurations are not finite (first: number "
                 f"{int(wrong.nonzero()[0])}); a simulation that broke down cannot go on from here"
             )
-        walkers = self._evaluated(x)
+        walkers = self._evaluated(
+            x.double()
+        )  # or an accepted proposal would be rounded, and not be where its energy is
         wrong = torch.isnan(walkers.energy) | (walkers.energy == -math.inf)
         if wrong.any():
             raise ValueError(f"the energy of {int(wrong.sum())} of {len(x)} configurations is NaN or -inf")
@@ -140,6 +142,7 @@ def independence_step(
     log_q = proposal.score(walkers.x, generator=generator).double()
     representable = log_q > -math.inf
     x, new_log_q, valid = proposal.propose(n * b, generator=generator)
+    valid = valid & (new_log_q > -math.inf)  # what has no density was not drawn
     new = target.proposed(x, valid)
     new_excess = (target.log_prob(new) - new_log_q.double()).view(n, b)
     log_u = torch.rand(n, b, generator=generator, dtype=torch.float64, device=generator.device).log().to(new_excess)

@@ -31,6 +31,7 @@ __all__ = [
     "phi_marginals",
     "png",
     "ramachandran",
+    "reference_value",
     "save",
     "small_print",
     "training_curves",
@@ -322,7 +323,7 @@ def _points(
     points = [(row["temperature"], scale * row[name], scale * row[f"{name}_error"]) for row in rows]
     _errorbar(axis, points, fmt="o-", label="flow, reweighted", **style)
     states = () if reference is None else reference.states
-    exact = [(state.temperature, *(scale * x for x in _exact(state, name))) for state in states]
+    exact = [(state.temperature, *(scale * x for x in reference_value(state, name))) for state in states]
     style = {"markersize": 5, "capsize": 2, "color": "#000000", "markerfacecolor": "none"}
     _errorbar(axis, exact, fmt="D", label="reference", zorder=4, **style)
 
@@ -333,7 +334,8 @@ def _errorbar(axis: Axes, points: Sequence[tuple[float, float, float]], **style:
         axis.errorbar(*np.transpose(finite), **style)
 
 
-def _exact(state: ReferenceState, name: str) -> tuple[float, float]:
+def reference_value(state: ReferenceState, name: str) -> tuple[float, float]:
+    """A quantity of `QUANTITIES` and its standard error at one temperature of the reference, in the unit of rows."""
     if name == "heat_capacity":
         factor = 1.0 / (kT(state.temperature) * state.temperature)
         return factor * state.energy_variance, factor * state.energy_variance_error

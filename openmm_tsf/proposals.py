@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from .geometry import wrap
 from .typing import Mask, Samplable, Scalars, Transform, Vectors
 
 
@@ -54,16 +54,16 @@ class VectorFlow:
         return torch.nan_to_num(self.prior.log_prob(z) + log_det - log_momenta, nan=-math.inf)
 
     @torch.no_grad()
-    def to_latents(self, x: Vectors, *, generator: torch.Generator) -> tuple[Vectors, Scalars]:
+    def to_latents(self, x: Vectors, *, generator: torch.Generator) -> tuple[Tensor, Scalars]:
         """z (n, D) of x (n, d) with fresh p, and ln|det dG(z)| + ln N(p; 0, tau)."""
         y, log_momenta = self._joined(x, generator)
         z, log_det = self.transform.inverse(y)
         return z, torch.nan_to_num(log_momenta - log_det, nan=-math.inf)
 
     @torch.no_grad()
-    def from_latents(self, z: Vectors) -> tuple[Vectors, Scalars, Mask]:
+    def from_latents(self, z: Vectors) -> tuple[Tensor, Scalars, Mask]:
         """x (n, d) of z (n, D), ln|det dG(z)| + ln N(p; 0, tau), and which are finite."""
-        y, log_det = self.transform.forward(z)
+        y, log_det = self.transform.forward(z if self.circular is None else torch.where(self.circular, wrap(z), z))
         x, log_momenta = self._parted(y)
         return x, log_det + log_momenta, torch.isfinite(y).all(1)
 
@@ -73,7 +73,7 @@ class VectorFlow:
         return y[:, :split], self._log_normal(y[:, split:])
 
     def _joined(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        noise: Any = torch.randn(len(x), self.n_momenta, generator=generator, dtype=x.dtype, device=generator.device)
+        noise = torch.randn(len(x), self.n_momenta, generator=generator, dtype=x.dtype, device=generator.device)
         p = math.sqrt(self.tau) * noise.to(x)
         return torch.cat((x, p), 1), self._log_normal(p)
 

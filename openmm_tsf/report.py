@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 Metrics = Mapping[str, Any]
 
 LOW_ESS, FAR = 0.1, 3.0
+REMARK = (
+    "The effective sample size counts rejected draws as zero weights and clips nothing. Errors are one standard error, "
+    "from a bootstrap over the draws. ln Z is that of the flow's internal coordinates, rigid motions integrated out."
+)
 
 
 def write_report(
@@ -77,16 +81,53 @@ def render(
 ) -> str:
     """The page as text; arguments as in `write_report`."""
     hot, cold = (metrics[f"temperature_{which}_kelvin"] for which in ("train", "target"))
-    title = f"{name} at {cold:g} K, from a flow trained at {hot:g} K"
+    return page(
+        f"{name} at {cold:g} K, from a flow trained at {hot:g} K",
+        summary=summary(metrics),
+        warnings=[*warning_sentences(metrics), *notes],
+        tables=[_main_table(metrics), _comparison(metrics)],
+        remark=REMARK,
+        figures=figures,
+        settings={"seed": seed, **settings},
+        versions=versions,
+        metrics=metrics,
+        file="metrics.json",
+    )
+
+
+def page(
+    title: str,
+    *,
+    summary: Sequence[str],
+    warnings: Sequence[str],
+    tables: Sequence[str],
+    remark: str,
+    figures: Mapping[str, Figure | bytes],
+    settings: Mapping[str, Any],
+    versions: Mapping[str, str],
+    metrics: Metrics,
+    file: str,
+) -> str:
+    """A whole page.
+
+    Args:
+        title: plain text, like everything but the tables.
+        summary: paragraphs; `warnings`: sentences, may be empty.
+        tables: as `table` gives, with `remark` below them.
+        figures: matplotlib figures or the bytes of PNG files by name.
+        settings: sections within sections, or flat; `versions`: of packages.
+        metrics: every figure that was measured, which is in the file of this name too.
+    """
     return Template(PAGE).substitute(
         title=escape(title),
-        summary="".join(f"<p>{escape(sentence)}</p>" for sentence in summary(metrics)),
-        warnings=_warnings([*warning_sentences(metrics), *notes]),
-        table=_main_table(metrics),
-        comparison=_comparison(metrics),
+        summary="".join(f"<p>{escape(sentence)}</p>" for sentence in summary),
+        warnings=_warnings(warnings),
+        table="".join(tables),
+        remark=escape(remark),
         pictures="".join(_picture(key, figure) for key, figure in figures.items()),
-        settings=_pairs({"seed": seed, **_flat(settings)}),
+        settings=_pairs(_flat(settings)),
         versions=_pairs(versions),
+        file=escape(file),
         metrics=_pairs(metrics),
     )
 
@@ -189,11 +230,11 @@ def _main_table(metrics: Metrics) -> str:
         free = "alpha_left_{}_free_energy_kt", "alpha_left_{}_free_energy_error_kt"
         exact = shares("reference_alpha_left", "reference_alpha_left_error")
         rows += [
-            row(f"{_ALPHA} share", lambda w: shares(f"alpha_left_{w}", f"alpha_left_{w}_error"), exact),
-            row(f"{_ALPHA} share as drawn, unweighted", lambda w: percent(get(f"alpha_left_{w}_raw"))),
-            row(f"{_ALPHA} free energy [kT]", lambda w: with_error(get(free[0].format(w)), get(free[1].format(w)))),
+            row(f"{ALPHA} share", lambda w: shares(f"alpha_left_{w}", f"alpha_left_{w}_error"), exact),
+            row(f"{ALPHA} share as drawn, unweighted", lambda w: percent(get(f"alpha_left_{w}_raw"))),
+            row(f"{ALPHA} free energy [kT]", lambda w: with_error(get(free[0].format(w)), get(free[1].format(w)))),
         ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _comparison(metrics: Metrics) -> str:
@@ -209,13 +250,14 @@ def _comparison(metrics: Metrics) -> str:
         for key, label in names.items()
         if metrics.get(key) is not None
     ]
-    return _table(["Ramachandran histogram against the reference, 64 by 64 bins", ""], rows) if rows else ""
+    return table(["Ramachandran histogram against the reference, 64 by 64 bins", ""], rows) if rows else ""
 
 
-_ALPHA = "&alpha;<sub>L</sub>"
+ALPHA = "&alpha;<sub>L</sub>"
 
 
-def _table(head: Sequence[str], rows: Sequence[str]) -> str:
+def table(head: Sequence[str], rows: Sequence[str]) -> str:
+    """A table in HTML: headings in plain text, rows in HTML."""
     cells = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
     return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 

@@ -27,6 +27,25 @@ CAPTIONS = {
         "Reweighted averages at each temperature with bootstrap errors. The effective sample size says how far they "
         "may be trusted; where it falls below 1 % they are left out.",
     ),
+    "exchange": (
+        "Acceptance, swaps and paths",
+        "Flow moves accepted at each temperature, exchanges accepted between temperatures, and how replicas travel. "
+        "A round trip goes from the lowest temperature to the highest and back. Each strip is one replica, with the "
+        "lowest temperature at its bottom and the highest at its top; a replica that never crosses its strip says that "
+        "the ladder has a gap.",
+    ),
+    "ramachandran_exchange": (
+        "Ramachandran maps at the lowest temperature",
+        "The flow as it draws, the flow reweighted, the stored frames of the exchange weighed by MBAR, and a long "
+        "reference where there is one, all on one colour scale. The exchange does not need the flow to be good; where "
+        "the reweighted flow differs from it, one of the two has too few effective samples.",
+    ),
+    "observables_exchange": (
+        "Observables against temperature",
+        "MBAR over all temperatures of the exchange beside reweighted draws of the flow and the reference. The strips "
+        "show the differences from the exchange in standard errors: two in three should lie in the grey band, and "
+        "neighbours on a line go together, because they come from the same samples.",
+    ),
 }
 """Heading and caption of each figure."""
 
@@ -77,9 +96,7 @@ $summary
 $warnings
 <h2>Figures of merit</h2>
 $table
-$comparison
-<p>The effective sample size counts rejected draws as zero weights and clips nothing. Errors are one standard error,
-from a bootstrap over the draws. ln Z is that of the flow's internal coordinates, rigid motions integrated out.</p>
+<p>$remark</p>
 <h2>Pictures</h2>
 $pictures
 <h2>How this was made</h2>
@@ -87,7 +104,7 @@ $pictures
 $settings
 <h3>Versions</h3>
 $versions
-<details><summary>Every figure that was measured, as in metrics.json</summary>
+<details><summary>Every figure that was measured, as in $file</summary>
 $metrics
 </details>
 </body>

@@ -200,3 +200,53 @@ def steerable(family: Any, x: Tensor, one: float, other: float, bound: float = 1
     assert len(torch.unique(x.flatten(1), dim=0)) == len(x)
     spread = steering_spread(family, x, one, other)
     assert spread < bound, f"steering between {one:g} and {other:g} spreads by {spread:.1e} nat"
+
+
+# --- stationary -------------------------------------------------------------------------------------------------------
+
+
+def errors_of_means(series: Tensor) -> Tensor:
+    """Standard errors (observables,) of the means of series (times, walkers, observables), from autocorrelation.
+
+    Walkers are independent of one another and followed by themselves. Autocovariances are pooled over walkers and
+    summed until two neighbours together are not positive (C. J. Geyer, Stat. Sci. 7, 473 (1992)).
+    """
+    times, walkers, _ = series.shape
+    delta = series - series.mean((0, 1))
+    total = (delta**2).mean((0, 1))
+    open_sum = torch.ones_like(total, dtype=torch.bool)
+    for lag in range(1, times - 1, 2):
+        pair = sum(2.0 * (delta[t:] * delta[:-t]).sum((0, 1)) / (times * walkers) for t in (lag, lag + 1))
+        open_sum = open_sum & (pair > 0)
+        if not open_sum.any():
+            break
+        total = total + torch.where(open_sum, pair, 0.0)
+    return (total / (times * walkers)).sqrt()
+
+
+def deviations(series: Tensor, expected: Tensor, expected_error: Tensor | float = 0.0) -> Tensor:
+    """(observables,) mean of series (times, walkers, observables) less what is expected, in standard errors."""
+    expected_error = torch.as_tensor(expected_error, dtype=series.dtype)
+    error = (errors_of_means(series) ** 2 + expected_error**2).sqrt()
+    return (series.mean((0, 1)) - expected) / error.clamp_min(1e-300)
+
+
+def stationary(
+    series: Tensor, expected: Tensor, expected_error: Tensor | float = 0.0, *, sigmas: float = 4.5,
+    resolution: float = 0.05,
+) -> None:  # fmt: skip
+    """Walkers that start in the distribution stay in it: means over times and walkers are the expected ones.
+
+    Args:
+        series: (times, walkers, observables).
+        expected, expected_error: (observables,) means and their standard errors.
+        sigmas: largest deviation in standard errors.
+        resolution: largest standard error in standard deviations of the observable; a test with more sees nothing.
+    """
+    assert torch.isfinite(series).all(), "an observable is not finite"
+    blur = errors_of_means(series) / series.flatten(0, 1).std(0)
+    assert float(blur.max()) < resolution, f"standard errors of {float(blur.max()):.2g} deviations see nothing"
+    z = deviations(series, expected, expected_error)
+    rows = zip(series.mean((0, 1)).tolist(), expected.tolist(), z.tolist(), strict=True)
+    found = ", ".join(f"{mean:.4f} for {want:.4f} ({sigma:+.1f} errors)" for mean, want, sigma in rows)
+    assert float(z.abs().max()) < sigmas, f"not stationary: {found}"

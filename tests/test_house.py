@@ -20,12 +20,13 @@ PACKAGE = ROOT / "openmm_tsf"
 
 LAYERS = {
     0: "units typing files storage",
-    1: "geometry nets transforms priors weights",
+    1: "geometry nets transforms priors weights swaps metropolis proposals",
     2: "systems molfiles dcd trajectories chart zmatrix internals energy torsions reference",
     3: "flow",
     4: "constraints langevin walkers batched_walkers dynamics losses pretraining training ensemble checkpoint settings "
-    "config rundir",
-    5: "analysis canvas series plotting report report_page notebook "
+    "config rundir flow_steps flow_batches records exchange ladder tempering tempering_storage exchange_settings",
+    5: "analysis mbar multistate canvas series plotting report report_page notebook "
+    "exchange_plots exchange_facts exchange_page exchange_report exchange_stage "
     "assembly stages reporting sampling console cli __main__",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
@@ -37,7 +38,7 @@ THIRD_PARTY = {
     4: "safetensors tomli_w",
     5: "typer rich",
 }
-LATE = {"matplotlib", "nglview", "openmmtools", "pymbar"}
+LATE = {"matplotlib", "netCDF4", "nglview", "openmmtools", "pymbar"}
 
 
 # --- setup.py, environment.yml, constraints.txt -----------------------------------------------------------------------

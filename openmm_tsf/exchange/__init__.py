@@ -9,6 +9,7 @@ _HOMES = {
     "move": ("FlowMove",),
     "flows": ("use_flow",),
     "openmm_app": ("FlowReplicaExchangeSampler",),
+    "sampler": ("rescaling",),
     "storage": ("acceptance", "read_exchange", "to_mdtraj"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

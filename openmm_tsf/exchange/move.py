@@ -16,6 +16,7 @@ from openmm import unit
 from openmm_tsf.checkpoint import flow_path
 from openmm_tsf.exchange.contexts import check_flow, energy_of, facts_of
 from openmm_tsf.exchange.flows import flow_of, use_flow
+from openmm_tsf.exchange.velocities import carried
 from openmm_tsf.flow import Flow
 from openmm_tsf.flow_steps import COUNTS, FlowSteps, PlacedFlow
 from openmm_tsf.metropolis import Target
@@ -26,7 +27,11 @@ GOAL = 0.3
 STEP_RANGE = (1e-4, 3.0)
 MILLION = 1_000_000
 STATISTICS = ("n_applied", "n_proposed", "n_accepted", "step_size_per_million", *COUNTS)
-SETTINGS = ("checkpoint", "sha256", "n_adapt", "kind", "n_proposals", "n_walk_steps", "step_size", "explore")
+NM_PER_PS = unit.nanometer / unit.picosecond
+SETTINGS = (
+    *("checkpoint", "sha256", "n_adapt"),
+    *("kind", "n_proposals", "n_walk_steps", "step_size", "explore"),
+)
 
 
 class FlowMove:
@@ -38,8 +43,10 @@ class FlowMove:
     otherwise. Whatever the flow, the distribution stays that of the state. Dynamics should go along: the flow knows
     one isomer, and the move does nothing where the flow cannot be (counted as `unrepresentable`).
 
-    Positions are written only if something was accepted. Velocities stay; with constraints they are drawn anew then,
-    from Maxwell-Boltzmann, and projected. Random numbers follow `numpy.random.seed`, as those of openmmtools do.
+    Positions are written only if something was accepted. Velocities then stay as far as they can, see
+    `exchange.velocities`: half kicks and directions of rigid bonds become those of the new place. The integrator is
+    that of the Context in the cache, so let the dynamics use the same cache, as all samplers of openmmtools do. Random
+    numbers follow `numpy.random.seed`, as those of openmmtools do.
 
     A move is a path, a hash and numbers; the flow is loaded once in a process. Copies are cheap.
 
@@ -121,8 +128,11 @@ class FlowMove:
         moved, counts = apply_steps(steps, self.flow, context, temperature, positions, generator=generator)
         if moved is not None:
             sampler_state.positions = moved * unit.nanometer
-            if context.getSystem().getNumConstraints() > 0 and sampler_state.velocities is not None:
-                sampler_state.velocities = fresh_velocities(context, moved, temperature)
+            if sampler_state.velocities is not None:
+                velocities = np.array(to_float(sampler_state.velocities, NM_PER_PS, "velocities"), dtype=np.float64)
+                seed = seed_from_numpy(2**31 - 1)
+                velocities = carried(context, velocities, positions, moved, temperature, seed)
+                sampler_state.velocities = velocities * NM_PER_PS
         self._count(counts)
 
     def __deepcopy__(self, memo: dict) -> FlowMove:
@@ -131,7 +141,8 @@ class FlowMove:
         return new
 
     def __getstate__(self, **_: Any) -> dict[str, Any]:
-        settings = {"checkpoint": self.checkpoint, "sha256": self.sha256, "n_adapt": self.n_adapt}
+        names = ("checkpoint", "sha256", "n_adapt")
+        settings = {name: getattr(self, name) for name in names}
         return {**settings, **asdict(self._steps), "statistics": self.statistics}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -209,13 +220,6 @@ def seed_from_numpy(most: int) -> int:
     # the rank of MPI as well: with numpy seeded alike on all ranks, replicas would share their random numbers
     mixed = np.random.SeedSequence((drawn, _rank())).generate_state(1, np.uint64)[0]
     return int(mixed) % (most - 1) + 1
-
-
-def fresh_velocities(context: openmm.Context, positions: np.ndarray, temperature: float) -> unit.Quantity:
-    """Maxwell-Boltzmann velocities (A, 3) [nm/ps] that keep the constraints at these positions."""
-    context.setPositions(positions)
-    context.setVelocitiesToTemperature(temperature, seed_from_numpy(2**31 - 1))
-    return context.getState(velocities=True).getVelocities(asNumpy=True)
 
 
 def _rank() -> int:

@@ -12,7 +12,8 @@ from openmm import app, unit
 
 from openmm_tsf.checkpoint import flow_path
 from openmm_tsf.exchange.flows import flow_of, use_flow
-from openmm_tsf.exchange.move import apply_steps, fresh_velocities, seed_from_numpy
+from openmm_tsf.exchange.move import NM_PER_PS, apply_steps, seed_from_numpy
+from openmm_tsf.exchange.velocities import carried
 from openmm_tsf.flow_steps import COUNTS, FlowSteps
 from openmm_tsf.units import to_kelvin
 
@@ -63,9 +64,12 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         if moved is None:
             context.setState(self.replicaConformation[index])  # energies may have been computed in the Context
             return
+        velocities = self.replicaConformation[index].getVelocities(asNumpy=True).value_in_unit(NM_PER_PS)
+        velocities = carried(
+            context, np.array(velocities), np.array(here), moved, to_kelvin(temperature), seed_from_numpy(2**31 - 1)
+        )
         context.setPositions(moved)
-        if context.getSystem().getNumConstraints() > 0:
-            context.setVelocities(fresh_velocities(context, moved, to_kelvin(temperature)))
+        context.setVelocities(velocities)
         self.replicaConformation[index] = context.getState(
             positions=True, velocities=True, parameters=True, integratorParameters=True
         )

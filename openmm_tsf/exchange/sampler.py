@@ -13,14 +13,53 @@ import openmm
 from openmm import unit
 
 from openmm_tsf.energy.platforms import available_platforms, choose_platform
-from openmm_tsf.exchange.move import FlowMove
+from openmm_tsf.exchange.move import NM_PER_PS, FlowMove
 from openmm_tsf.exchange.netcdf import open_run
 from openmm_tsf.exchange.quiet import quiet_import
+from openmm_tsf.exchange.velocities import rescaled
 from openmm_tsf.systems import Molecule
+from openmm_tsf.units import to_float
 from openmm_tsf.walkers import FEW_ATOMS, minimise
 
 CHUNK = 10
 """Iterations between looks at the progress."""
+
+
+def rescaling(sampler_class: Any) -> Any:
+    """A replica exchange sampler of openmmtools that rescales velocities where it exchanges temperatures.
+
+    openmmtools leaves the velocities of a replica as they are when its temperature changes, so that it begins the
+    iteration too hot or too cold. With iterations of many picoseconds that is forgotten; with short ones it is not.
+
+    Args:
+        sampler_class: `ReplicaExchangeSampler` or `ParallelTemperingSampler`, of states with one System.
+
+    Returns:
+        a subclass, to be created, restored and run as the class itself.
+    """
+
+    class Rescaling(sampler_class):
+        def _mix_replicas(self) -> Any:
+            before = list(self._replica_thermodynamic_states)
+            after = super()._mix_replicas()
+            for replica, (old, new) in enumerate(zip(before, after, strict=True)):
+                if old != new:
+                    self._rescale(replica, self._thermodynamic_states[old], self._thermodynamic_states[new])
+            return after
+
+        def _rescale(self, replica: int, old: Any, new: Any) -> None:
+            here, scale = self._sampler_states[replica], np.sqrt(new.temperature / old.temperature)
+            if here.velocities is None or scale == 1.0:
+                return
+            context, _ = self.sampler_context_cache.get_context(new)
+            velocities, positions = (
+                np.array(to_float(values, wanted, "of a sampler state"), dtype=np.float64)
+                for values, wanted in ((here.velocities, NM_PER_PS), (here.positions, unit.nanometer))
+            )
+            here.velocities = rescaled(context, velocities, positions, scale) * NM_PER_PS
+
+    Rescaling.__name__ = f"Rescaling{sampler_class.__name__}"
+    return Rescaling
 
 
 def run_openmmtools(
@@ -28,7 +67,7 @@ def run_openmmtools(
     n_dynamics_steps: int, timestep_fs: float, friction_per_ps: float, store_every: int, seed: int,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> None:  # fmt: skip
-    """Run a ParallelTemperingSampler until its file has n_iterations.
+    """Run a ParallelTemperingSampler that rescales velocities until its file has n_iterations.
 
     Args:
         molecule: one replica of it at each temperature, from the minimised reference geometry.
@@ -52,14 +91,14 @@ def run_openmmtools(
         with open_run(storage):  # says what is wrong with it, which openmmtools would not
             pass
         reporter = multistate.MultiStateReporter(str(storage))
-        sampler = multistate.ParallelTemperingSampler.from_storage(reporter)
+        sampler = rescaling(multistate.ParallelTemperingSampler).from_storage(reporter)
     else:
         dynamics = mcmc.LangevinDynamicsMove(
             timestep=timestep_fs * unit.femtosecond, collision_rate=friction_per_ps / unit.picosecond,
             n_steps=n_dynamics_steps,
         )  # fmt: skip
         moves = dynamics if move is None else mcmc.SequenceMove([dynamics, move])
-        sampler = multistate.ParallelTemperingSampler(
+        sampler = rescaling(multistate.ParallelTemperingSampler)(
             mcmc_moves=moves, number_of_iterations=n_iterations, online_analysis_interval=None
         )
         reporter = multistate.MultiStateReporter(str(storage), checkpoint_interval=store_every)

@@ -1,0 +1,238 @@
+"""What the flow's move is worth in replica exchange: alpha_L of alanine dipeptide at 300 K per energy evaluation.
+
+    python benchmarks/exchange.py --out exchange                        # the three samplers, 2e7 evaluations each
+    python benchmarks/exchange.py --out exchange --long 2e8             # plain samplers longer, for their own errors
+    python benchmarks/exchange.py --out exchange --openmmtools 1e6      # the same inside openmmtools
+    python benchmarks/exchange.py --costs                               # time and storage of FlowMove
+
+Langevin dynamics at 300 K, parallel tempering on five temperatures from 300 to 600 K, and the same with 16 draws of the
+flow an iteration, all at 1 fs. Every run goes on where it stopped. Independent samples are p(1 - p)/variance of the
+share p of alpha_L at 300 K, with the variance of block means about the p of the shipped reference; once for many blocks
+and once for half as many, which agree if blocks are long enough. Transitions are passages of phi between its cores, of
+each replica.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import itertools
+
+import numpy as np
+import torch
+
+import openmm_tsf as tsf
+from openmm_tsf.flow_steps import FlowSteps
+from openmm_tsf.ladder import geometric_ladder
+from openmm_tsf.langevin import BatchedLangevin
+from openmm_tsf.records import ExchangeRecord
+from openmm_tsf.reference import load_reference
+from openmm_tsf.tempering import BatchedTempering
+from openmm_tsf.tempering_storage import run_tempering
+from openmm_tsf.torsions import alpha_left, count_transitions, phi_psi
+
+LOWEST, HIGHEST, LEVELS = 300.0, 600.0, 5
+REPLICAS = 16
+PLAIN_STEPS, FLOW_STEPS = 100, 20
+N_BLOCKS = 20
+TRAINING = 8_402_032
+"""Energy evaluations of the shipped flow: 7,400,000 steps of dynamics (240,000 frames of 128 walkers every 20 fs after
+20 ps each) and 1,002,032 of the energy loss; `n_energy_evaluations_simulate` and `_train` in its metrics.json."""
+
+
+def main() -> None:
+    """Run what is asked for and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("exchange"))
+    parser.add_argument("--evaluations", type=float, default=2e7)
+    parser.add_argument("--long", type=float, default=None)
+    parser.add_argument("--openmmtools", type=float, default=None)
+    parser.add_argument("--only", choices=("langevin", "plain", "flow"), default=None)
+    parser.add_argument("--costs", action="store_true")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if options.costs:
+        costs()
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.openmmtools is not None:
+        rows = [with_openmmtools(name, options) for name in ("plain", "flow")]
+    else:
+        names = (options.only,) if options.only else ("langevin", "plain", "flow")
+        rows = [batched(name, options) for name in names]
+    show(rows)
+    ending = "openmmtools" if options.openmmtools is not None else "batched"
+    (options.out / f"exchange_{ending}.json").write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def batched(name: str, options: argparse.Namespace) -> dict[str, float | str]:
+    """One of the samplers as a batch; its figures."""
+    n = options.long if options.long and name != "flow" else options.evaluations
+    flow = tsf.pretrained("ala2")
+    if name == "langevin":
+        return langevin(flow.molecule, round(n), options)
+    n_steps = FLOW_STEPS if name == "flow" else PLAIN_STEPS
+    steps = FlowSteps(n_proposals=16)
+    tempering = BatchedTempering(
+        flow.molecule, geometric_ladder(LOWEST, HIGHEST, LEVELS), flow=flow if name == "flow" else None, steps=steps,
+        n_replicas_per_temperature=REPLICAS, n_dynamics_steps=n_steps, seed=options.seed,
+    )  # fmt: skip
+    each = n_steps + (steps.n_energies if name == "flow" else 0)
+    n_iterations = round(n / each / tempering.n_walkers)
+    record = run_tempering(tempering, options.out / name, n_iterations, progress=told(name))
+    return figures(name, record)
+
+
+def langevin(molecule: tsf.Molecule, n: int, options: argparse.Namespace) -> dict[str, float | str]:
+    """Dynamics at 300 K alone, as many walkers as the ladders have."""
+    walkers = REPLICAS * LEVELS
+    energy = tsf.BatchedEnergy(molecule.system, molecule.positions, compile=True)
+    dynamics = BatchedLangevin(molecule.system, energy, timestep_fs=1.0, friction_per_ps=1.0)
+    generator = torch.Generator().manual_seed(options.seed)
+    state = dynamics.start(np.array(molecule.positions), torch.full((walkers,), LOWEST), generator=generator)
+    begin, phis, tell = time.monotonic(), [], told("langevin")
+    n_rows = n // (PLAIN_STEPS * walkers)
+    for row in range(n_rows):
+        state = dynamics.run(state, PLAIN_STEPS, generator=generator)
+        phis.append(phi_psi(state.positions.permute(2, 0, 1), molecule)[0])
+        tell(row + 1, n_rows, "")
+    phi, levels = np.array(phis), np.zeros((n_rows, walkers), dtype=int)
+    return row_of("langevin", phi, levels, n_rows * walkers * PLAIN_STEPS, time.monotonic() - begin, {})
+
+
+def figures(name: str, record: ExchangeRecord) -> dict[str, float | str]:
+    """The figures of a record whose every iteration has a stored frame."""
+    flat = record.positions.reshape(-1, *record.positions.shape[2:])
+    phi = phi_psi(flat, tsf.alanine_dipeptide())[0].reshape(record.levels.shape)
+    return row_of(name, phi, record.levels, record.n_energy_evaluations, record.seconds, record.move_counts[0])
+
+
+def row_of(
+    name: str, phi: np.ndarray, levels: np.ndarray, n_evaluations: int, seconds: float, counts: dict
+) -> dict[str, float | str]:
+    """Figures from phi (I, R) and levels (I, R); the first tenth is left out."""
+    first = len(phi) // 10
+    phi, levels, used = phi[first:], levels[first:], n_evaluations * (1 - first / len(phi)) / 1e6
+    p = load_reference("ala2").at(LOWEST).alpha_left
+    cold, left = levels == 0, alpha_left(phi)
+    variance, doubled = (_variance(left & cold, cold, p, n) for n in (N_BLOCKS, N_BLOCKS // 2))
+    return {
+        "sampler": name, "evaluations": n_evaluations, "seconds": seconds,
+        "transitions per 1e6": count_transitions(phi.ravel(), phi.shape[1]) / used,
+        "alpha_L share": float((left & cold).sum() / cold.sum()), "error": np.sqrt(variance),
+        "frames at 300 K per 1e6": float(cold.sum() / used),
+        "independent samples per 1e6": p * (1 - p) / variance / used,
+        "  with half as many blocks": p * (1 - p) / doubled / used,
+        "acceptance at 300 K": counts["independence_accepted"] / counts["independence_proposed"] if counts else np.nan,
+    }  # fmt: skip
+
+
+def _variance(left: np.ndarray, cold: np.ndarray, p: float, n_blocks: int) -> float:
+    """Of the share of `left` among `cold`, (I, R) masks, from blocks of iterations about the known p."""
+    edges = np.linspace(0, len(cold), n_blocks + 1).astype(int)
+    shares = np.array([left[a:b].sum() / cold[a:b].sum() for a, b in itertools.pairwise(edges)])
+    return float(((shares - p) ** 2).mean() / n_blocks)
+
+
+def with_openmmtools(name: str, options: argparse.Namespace) -> dict[str, float | str]:
+    """Parallel tempering inside openmmtools, one replica at each temperature."""
+    from openmm_tsf.exchange import FlowMove, read_exchange
+    from openmm_tsf.exchange.sampler import run_openmmtools
+
+    logging.disable(logging.WARNING)
+    flow = name == "flow"
+    n_steps, move = (FLOW_STEPS, FlowMove("ala2")) if flow else (PLAIN_STEPS, None)
+    each = n_steps + (FlowSteps().n_energies if flow else 0)
+    storage, clock = options.out / f"{name}.nc", options.out / f"{name}.seconds"
+    begin = time.monotonic()
+    run_openmmtools(
+        tsf.alanine_dipeptide(), geometric_ladder(LOWEST, HIGHEST, LEVELS), storage,
+        round(options.openmmtools / each / LEVELS), move=move, n_dynamics_steps=n_steps, timestep_fs=1.0,
+        friction_per_ps=1.0, store_every=1, seed=options.seed, progress=told(f"openmmtools, {name}"),
+    )  # fmt: skip
+    seconds = time.monotonic() - begin + (float(clock.read_text()) if clock.exists() else 0.0)
+    clock.write_text(f"{seconds}\n")
+    record = read_exchange(storage)
+    return figures(name, replace(record, seconds=seconds, n_energy_evaluations=each * record.levels.size))
+
+
+def costs() -> None:
+    """Time of FlowMove beside 100 Langevin steps, and bytes that it adds to an iteration's storage."""
+    logging.disable(logging.WARNING)
+    import yaml
+    from openmm import unit
+    from openmmtools import cache, mcmc, states, utils
+
+    from openmm_tsf.energy.platforms import choose_platform
+
+    flow = tsf.pretrained("ala2")
+    platform, properties = choose_platform("CPU")
+    contexts = cache.ContextCache(platform=platform, platform_properties=properties)
+    x, _ = flow.at(300.0).sample(8, generator=torch.Generator().manual_seed(1))
+    ladder = geometric_ladder(300.0, 600.0, 8)
+    thermodynamic = [states.ThermodynamicState(flow.molecule.system, t * unit.kelvin) for t in ladder]
+    replicas = [states.SamplerState(row.numpy() * unit.nanometer) for row in x]
+    flow_move = tsf.FlowMove("ala2", n_proposals=16)
+    langevin = mcmc.LangevinDynamicsMove(timestep=1.0 * unit.femtosecond, n_steps=100)
+    energy = tsf.BatchedEnergy(flow.molecule.system, flow.molecule.positions)
+    some = x[:1].repeat(17, 1, 1)
+    times: dict[str, list[float]] = {"FlowMove": [], "100 Langevin steps": [], "its energies": []}
+    for round_ in range(12):
+        for name, work in (
+            (
+                "FlowMove",
+                lambda: [flow_move.apply(t, s, contexts) for t, s in zip(thermodynamic, replicas, strict=True)],
+            ),
+            (
+                "100 Langevin steps",
+                lambda: [langevin.apply(t, s, contexts) for t, s in zip(thermodynamic, replicas, strict=True)],
+            ),
+            ("its energies", lambda: [energy(some) for _ in replicas]),
+        ):
+            begin = time.perf_counter()
+            work()
+            if round_ >= 2:
+                times[name].append(time.perf_counter() - begin)
+    print("8 replicas, one iteration, median of 10 in turn:")
+    for name, values in times.items():
+        print(f"  {name:20} {1e3 * np.median(values):8.1f} ms")
+    print(f"  bytes of the move in an iteration's storage: {len(yaml.dump(utils.serialize(flow_move)))}")
+
+
+def told(name: str):
+    """A line of progress now and then."""
+    last = [time.monotonic()]
+
+    def tell(done: int, total: int, message: str) -> None:
+        if time.monotonic() - last[0] > 30.0:
+            last[0] = time.monotonic()
+            print(f"{name}: {done} of {total}  {message}", flush=True)
+
+    return tell
+
+
+def show(rows: list[dict[str, float | str]]) -> None:
+    """A table, and how samplers compare with plain parallel tempering."""
+    for key in rows[0]:
+        print(f"{key:28}" + "".join(f"{row[key]:>16}" if key == "sampler" else f"{row[key]:16.6g}" for row in rows))
+    by_name = {row["sampler"]: row["independent samples per 1e6"] for row in rows}
+    if {"plain", "flow"} <= by_name.keys():
+        plain, flow = by_name["plain"], by_name["flow"]
+        print(f"independent samples per evaluation, flow / plain parallel tempering: {flow / plain:.0f}")
+        pays = TRAINING * plain / (flow - plain)
+        print(f"training took {TRAINING:,} evaluations and pays for itself in a run of {pays:,.0f}")
+        for n in (1e6, 1e7, 1e8):
+            print(f"  with training charged, {n:.0e} evaluations: {flow * n / (n + TRAINING) / plain:.0f} times")
+
+
+if __name__ == "__main__":
+    main()
