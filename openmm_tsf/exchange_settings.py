@@ -24,7 +24,7 @@ class ExchangeSettings:
     Attributes:
         flow: path of the checkpoint, or a pretrained name; its molecule is what is sampled.
         temperatures: ascending [K].
-        n_iterations: in all; may grow.
+        n_iterations: in all; may change. What is there already stays, were it more.
         sampler: "batched": all walkers at once (`BatchedTempering`); "openmmtools": a ParallelTemperingSampler.
         plain: True leaves the flow's moves out.
         kind, n_proposals, n_walk_steps, step_size, explore: see `FlowSteps`.
@@ -109,7 +109,7 @@ def settle(directory: Path, settings: ExchangeSettings) -> ExchangeSettings:
         ]
         if other:
             raise ValueError(f"{directory} has an exchange with other settings: {'; '.join(other)}; give another --out")
-        settings = replace(before, n_iterations=max(before.n_iterations, settings.n_iterations))
+        settings = replace(before, n_iterations=settings.n_iterations)
     import tomli_w
 
     table = {name: value for name, value in asdict(settings).items() if value is not None}

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-TESTED = {"draw.py", "own_molecule.py", "look.ipynb", "ala2.toml"}
+TESTED = {"draw.py", "own_molecule.py", "replica_exchange.py", "look.ipynb", "ala2.toml"}
 
 
 def run(*arguments):
@@ -39,6 +39,19 @@ def test_own_molecule():
     first, last = map(float, re.search(r"held-out -ln q: (-?[\d.]+) -> (-?[\d.]+)", printed).groups())
     assert last < first
     assert "root: ACE1-C - ALA2-N - ALA2-CA" in printed
+
+
+def test_replica_exchange():
+    """Means of the shipped reference: -98.3 and -25.2 kJ/mol; the errors printed are those of the test."""
+    printed = run(EXAMPLES / "replica_exchange.py", "--iterations", 60)
+    shares = [float(share) for share in re.findall(r"(\d+) % of 960 proposals accepted", printed)]
+    assert len(shares) == 4
+    assert min(shares) > 40.0
+    for kelvin, exact in ((300, -98.3), (600, -25.2)):
+        found = re.search(rf"<U> at {kelvin} K: (-?[\d.]+) \+- ([\d.]+) kJ/mol", printed)
+        mean, error = map(float, found.groups())
+        assert abs(mean - exact) < 5.0 * error < 30.0
+    assert "60 frames at 300 K" in printed
 
 
 def test_notebook_runs():

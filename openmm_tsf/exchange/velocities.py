@@ -2,7 +2,7 @@
 
 OpenMM's integrators begin a step with a whole kick, so that between steps velocities are half a kick, (dt/2) F/m,
 behind positions. That half kick belongs to where the molecule was. A move that leaves it as it is heats, and not a
-little: see `benchmarks/exchange.py --velocities`.
+little: `benchmarks/velocities.py` measures it.
 """
 
 from __future__ import annotations
