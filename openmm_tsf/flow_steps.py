@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -46,8 +47,10 @@ class FlowSteps:
         if self.kind not in KINDS:
             raise ValueError(f"unknown kind of move {self.kind!r}; choose from {', '.join(KINDS)}")
         for name in ("n_proposals", "n_walk_steps"):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not (isinstance(value, Integral) and value >= 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+            object.__setattr__(self, name, int(value))
         if not (math.isfinite(self.step_size) and self.step_size > 0.0):
             raise ValueError(f"step_size must be finite and above 0, not {self.step_size:g}")
         if not 0.0 <= self.explore < 1.0:
@@ -73,7 +76,7 @@ class FlowSteps:
         counts = dict.fromkeys(COUNTS, 0)
         representable = torch.ones(len(walkers), dtype=torch.bool)
         if self.kind != "latent":
-            draws = steered.exploring(self.explore) if self.explore > 0.0 else steered  # type: ignore[attr-defined]
+            draws = self._exploring(steered) if self.explore > 0.0 else steered
             walkers, info = independence_step(walkers, target, draws, generator=generator, n_proposals=self.n_proposals)
             representable = _add(counts, "independence", info)
         if self.kind != "independence":
@@ -82,6 +85,12 @@ class FlowSteps:
                 representable = _add(counts, "latent", info)
         counts["unrepresentable"] = int((~representable).sum())
         return walkers, counts
+
+
+    def _exploring(self, steered: Any) -> Proposal:
+        if not hasattr(steered, "exploring"):
+            raise ValueError(f"a {type(steered).__name__} cannot explore; leave explore at 0")
+        return steered.exploring(self.explore)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,8 @@ from openmm_tsf.systems import FORBIDDEN_FORCES
 from openmm_tsf.units import BOLTZMANN, kT
 
 STEPS_BETWEEN_CHECKS = 100
+HARDEST = 10.0
+"""Half kicks beyond so many thermal speeds are of a clash: nothing of such velocities is worth keeping."""
 
 PerWalker = Float[Tensor, " walkers"]
 PerWalkerMask = Bool[Tensor, " walkers"]
@@ -218,6 +220,7 @@ class BatchedLangevin:
 
         Velocities at the time of the positions stay, see `_half_kick` for the half step that they are behind. Those
         along rigid bonds, which have none, are drawn along the old ones before those along the new ones are taken off.
+        After a clash, with forces beyond all measure, all are drawn anew.
         To draw all of them anew would heat: alanine dipeptide with rigid X-H bonds at 600 K and 2 fs, drawn anew every
         50 steps, by 18 K, since leapfrog keeps stiff degrees of freedom slower than Maxwell and Boltzmann do.
 
@@ -230,10 +233,15 @@ class BatchedLangevin:
         x = torch.where(moved, self._to_device(positions), state.positions)
         new = self.resume(x, state.velocities, state.temperatures, state.step, state.n_swaps)
         v = state.velocities + self._half_kick(state)
+        noise = _float32_like(x, generator).normal_(generator=generator).to(x) * self._thermal_speeds(
+            state.temperatures
+        )
         if len(self.constraints):
-            noise = _float32_like(x, generator).normal_(generator=generator).to(x)
-            noise *= self._thermal_speeds(state.temperatures)
-            v = self.constraints.velocities(v + noise - self.constraints.velocities(noise, state.positions), x)
+            v = v + noise - self.constraints.velocities(noise, state.positions)
+        kicks = self._half_kick(state).abs() / self._thermal_speeds(state.temperatures).clamp_min(1e-30)
+        v = torch.where((kicks <= HARDEST).all(0).all(0), v, noise)
+        if len(self.constraints):
+            v = self.constraints.velocities(v, x)
         return replace(new, velocities=torch.where(moved, v - self._half_kick(new), state.velocities))
 
     def kinetic_energies(self, state: LangevinState) -> PerWalker:

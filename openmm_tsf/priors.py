@@ -124,7 +124,7 @@ class TorusFactor(nn.Module):
         numbers = list(self.parameters())
         if any(p.requires_grad for p in numbers):
             return make()
-        key = what, tau, *((p.data_ptr(), p._version, p.dtype) for p in numbers)
+        key = what, tau, *((p.dtype, p.device, p.detach().cpu().numpy().tobytes()) for p in numbers)
         if key not in self._kept:
             if len(self._kept) >= MOST_KEPT:
                 self._kept.clear()

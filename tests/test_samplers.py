@@ -261,3 +261,57 @@ def test_the_checkpoint_moved(openmmtools, parts, tmp_path):
     assert use_flow(other) == digest
     move.apply(state, start)
     assert move.statistics["n_applied"] == 1
+
+
+def test_parameters_changed_in_the_context_are_noticed():
+    """The energy is the Context's own, also after updateParametersInContext."""
+    from openmm_tsf.exchange.contexts import walkers_of
+
+    made = simulation()
+    context, x = made.context, np.array(tsf.alanine_dipeptide().positions)
+    bonds = next(f for f in made.system.getForces() if type(f).__name__ == "HarmonicBondForce")
+    before = float(walkers_of(context, 300.0, x, None)[1].energy)
+    i, j, length, k = bonds.getBondParameters(0)
+    bonds.setBondParameters(0, i, j, 1.5 * length, k)
+    bonds.updateParametersInContext(context)
+    after = float(walkers_of(context, 300.0, x, None)[1].energy)
+    context.setPositions(x)
+    wanted = context.getState(energy=True).getPotentialEnergy().value_in_unit(unit.kilojoules_per_mole)
+    assert abs(after - wanted) < 1e-6 * abs(wanted)
+    assert abs(after - before) > 10.0
+
+
+def test_openmm_sampler_scales_velocities_at_the_time_of_the_positions(monkeypatch):
+    states = [{"temperature": t * unit.kelvin} for t in (300.0, 600.0)]
+    sampler = tsf.FlowReplicaExchangeSampler(states, simulation(), 0, "ala2", steps=FlowSteps(n_proposals=1))
+    sampler.simulateReplica(0, 3)
+    monkeypatch.setattr(FlowSteps, "run", lambda self, walkers, *_, **__: (walkers, dict.fromkeys(COUNTS, 0)))
+    before = sampler.replicaConformation[0]
+    sampler.replicaStateIndex = [1, 0]
+    sampler.simulateReplica(0, 0)
+    after = sampler.replicaConformation[0]
+
+    def full_step(state):
+        context = sampler.simulation.context
+        context.setPositions(state.getPositions())
+        forces = context.getState(forces=True).getForces(asNumpy=True)._value
+        return state.getVelocities(asNumpy=True)._value + 0.0005 * forces / tsf.alanine_dipeptide().masses[:, None]
+
+    assert np.allclose(full_step(after), np.sqrt(2.0) * full_step(before), atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_goes_on_draws_anew(openmmtools, tmp_path, monkeypatch):
+    from openmm_tsf.exchange import move
+    from openmm_tsf.exchange.sampler import run_openmmtools
+
+    drawn, real = [], move.seed_from_numpy
+    monkeypatch.setattr(move, "seed_from_numpy", lambda most: drawn.append(real(most)) or drawn[-1])
+    flow_move = tsf.FlowMove("ala2", n_proposals=2)
+    for n in (2, 4):
+        run_openmmtools(
+            tsf.alanine_dipeptide(), np.array([300.0, 600.0]), tmp_path / "run.nc", n, move=flow_move,
+            n_dynamics_steps=2, timestep_fs=1.0, friction_per_ps=1.0, store_every=1, seed=1,
+        )  # fmt: skip
+    assert len(drawn) >= 8
+    assert len(set(drawn)) == len(drawn)

@@ -5,11 +5,13 @@ import logging
 import numpy as np
 import openmm
 import pytest
+import torch
 from openmm import unit
 
 import openmm_tsf as tsf
 from openmm_tsf.exchange import velocities as module
 from openmm_tsf.exchange.velocities import carried, lag_of, rescaled
+from openmm_tsf.langevin import BatchedLangevin
 from openmm_tsf.units import kT
 
 REFERENCE = openmm.Platform.getPlatformByName("Reference")
@@ -28,6 +30,13 @@ def oscillators(integrator):
         force.addParticle(i)
     system.addForce(force)
     return openmm.Context(system, integrator, REFERENCE)
+
+
+def compound(*parts):
+    made = openmm.CompoundIntegrator()
+    for part in parts:
+        made.addIntegrator(part)
+    return made
 
 
 def middle(seed=1):
@@ -91,6 +100,8 @@ def test_velocities_kept_or_drawn_anew_do_not(wrong):
         (lambda: openmm.LangevinMiddleIntegrator(300, 1, 0.002), 1),
         (lambda: openmm.VerletIntegrator(0.002), 1),
         (lambda: openmm.NoseHooverIntegrator(300, 1, 0.002), 1),
+        (lambda: openmm.QTBIntegrator(300, 1, 0.002), 1),
+        (lambda: compound(openmm.LangevinMiddleIntegrator(300, 1, 0.002)), 1),
         (lambda: openmm.BrownianIntegrator(300, 1, 0.002), 0),
         (lambda: openmm.CustomIntegrator(0.002), 0),
     ],
@@ -125,6 +136,31 @@ def test_rigid_bonds_keep_their_temperature_and_what_lies_across_stays(monkeypat
         kept.append((masses * new * v).sum() / kT(TEMPERATURE))
     assert abs(np.mean(twice) - n_free) < 4.0 * np.sqrt(2 * n_free / 200)
     assert np.mean(kept) > 0.6 * n_free
+
+
+@pytest.mark.parametrize("constraints", [None, "HBonds"])
+def test_after_a_clash_velocities_are_thermal(constraints):
+    molecule = tsf.alanine_dipeptide(constraints=constraints)
+    context = openmm.Context(molecule.system, openmm.LangevinMiddleIntegrator(TEMPERATURE, 1.0, 0.002), REFERENCE)
+    x = np.array(molecule.positions)
+    clash = x.copy()
+    clash[4], clash[14] = x[5] + [0.005, 0.0, 0.0], x[5]
+    context.setPositions(x)
+    context.setVelocitiesToTemperature(TEMPERATURE, 1)
+    v = carried(context, state(context)[1], clash, x, TEMPERATURE, 1)
+    speeds = np.abs(v) / np.sqrt(kT(TEMPERATURE) / molecule.masses[:, None])
+    assert speeds.max() < 6.0
+    energy = tsf.BatchedEnergy(molecule.system, x)
+    dynamics = BatchedLangevin(molecule.system, energy, timestep_fs=2.0, friction_per_ps=1.0)
+    g = torch.Generator().manual_seed(1)
+    start = dynamics.start(x, torch.tensor([TEMPERATURE, TEMPERATURE]), generator=g)
+    columns = lambda a: torch.tensor(np.stack([a, x])).permute(1, 2, 0)  # noqa: E731
+    broken = dynamics.resume(columns(clash), start.velocities, start.temperatures)
+    after = dynamics.moved(broken, columns(x), torch.tensor([True, False]), generator=g)
+    assert after.velocities[..., 0].isfinite().all()
+    speeds = after.velocities[..., 0].numpy() / np.sqrt(kT(TEMPERATURE) / molecule.masses[:, None])
+    assert np.abs(speeds).max() < 6.0
+    assert torch.equal(after.velocities[..., 1], start.velocities[..., 1])
 
 
 @pytest.mark.filterwarnings("ignore")

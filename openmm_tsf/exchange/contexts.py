@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +22,15 @@ from openmm_tsf.energy.openmm import ContextEnergy
 from openmm_tsf.energy.terms import global_parameters
 from openmm_tsf.energy.unsupported import UnsupportedForce
 from openmm_tsf.flow import Flow
+from openmm_tsf.metropolis import Target, Walkers
 from openmm_tsf.systems import FORBIDDEN_FORCES, Molecule
 from openmm_tsf.typing import Energy
+from openmm_tsf.units import kT
 
 KEPT = 128
 """Batched energies that are kept, one for each System and set of global parameters."""
+SAME_ENERGY = 0.05, 1e-4
+"""Absolute [kJ/mol] and relative difference of energies that single precision explains."""
 SAME_LENGTH = 1e-6
 """Constrained lengths [nm] that differ by less are the same."""
 
@@ -48,7 +54,7 @@ class SystemFacts:
 
 _FACTS: weakref.WeakKeyDictionary[openmm.Context, SystemFacts] = weakref.WeakKeyDictionary()
 _ENERGIES: OrderedDict[tuple, BatchedEnergy | None] = OrderedDict()
-_CHECKED: set[tuple[int, str]] = set()
+_CHECKED: weakref.WeakKeyDictionary[Flow, set[str]] = weakref.WeakKeyDictionary()
 
 
 def facts_of(context: openmm.Context) -> SystemFacts:
@@ -84,6 +90,34 @@ def energy_of(context: openmm.Context, positions: np.ndarray) -> Energy:
     return _ENERGIES[key] or ContextEnergy(context)
 
 
+def walkers_of(
+    context: openmm.Context, temperature: float, positions: np.ndarray, log_factor: Callable[[torch.Tensor], Any] | None
+) -> tuple[Target, Walkers]:
+    """The target of a Context at a temperature, and where a configuration (A, 3) [nm] is in it.
+
+    Its energy is compared with the Context's own each time. If they differ, somebody has changed the parameters of the
+    Context's forces since they were read; then they are read again.
+
+    Raises:
+        ValueError: positions or energies that are not finite.
+    """
+    x = torch.from_numpy(positions)[None]
+    own = ContextEnergy(context)
+    for attempt in ("known", "read again", "by the Context"):
+        energy = own if attempt == "by the Context" else energy_of(context, positions)
+        target = Target(energy, kT(temperature), log_factor)
+        walkers = target.at(x)
+        if energy is own or _agree(float(walkers.energy), float(own(x))):
+            break
+        _FACTS.pop(context, None)
+    return target, walkers
+
+
+def _agree(found: float, wanted: float) -> bool:
+    same = abs(found - wanted) <= SAME_ENERGY[0] + SAME_ENERGY[1] * abs(wanted)
+    return same or found == wanted or not (math.isfinite(found) and math.isfinite(wanted))
+
+
 def _batched(facts: SystemFacts, parameters: dict[str, float], positions: np.ndarray) -> BatchedEnergy | None:
     try:
         return BatchedEnergy(facts.system, positions, parameters=parameters)
@@ -97,14 +131,14 @@ def check_flow(flow: Flow, facts: SystemFacts) -> None:
     Raises:
         ValueError: another molecule, another order of atoms, other constraints: with names and numbers.
     """
-    key = id(flow), facts.digest
-    if key in _CHECKED:
+    fitting = _CHECKED.setdefault(flow, set())
+    if facts.digest in fitting:
         return
     molecule = flow.molecule
     _check_atoms(molecule, facts)
     _check_bonds(molecule, facts.system)
     _check_constraints(molecule, facts.system)
-    _CHECKED.add(key)
+    fitting.add(facts.digest)
 
 
 def _check_atoms(molecule: Molecule, facts: SystemFacts) -> None:

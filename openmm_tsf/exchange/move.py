@@ -14,7 +14,7 @@ import torch
 from openmm import unit
 
 from openmm_tsf.checkpoint import flow_path
-from openmm_tsf.exchange.contexts import check_flow, energy_of, facts_of
+from openmm_tsf.exchange.contexts import check_flow, facts_of, walkers_of
 from openmm_tsf.exchange.flows import flow_of, use_flow
 from openmm_tsf.exchange.velocities import carried
 from openmm_tsf.flow import Flow
@@ -46,7 +46,7 @@ class FlowMove:
     Positions are written only if something was accepted. Velocities then stay as far as they can, see
     `exchange.velocities`: half kicks and directions of rigid bonds become those of the new place. The integrator is
     that of the Context in the cache, so let the dynamics use the same cache, as all samplers of openmmtools do. Random
-    numbers follow `numpy.random.seed`, as those of openmmtools do.
+    numbers follow `numpy.random.seed`; integrators and exchanges of openmmtools have seeds of their own.
 
     A move is a path, a hash and numbers; the flow is loaded once in a process. Copies are cheap.
 
@@ -73,6 +73,8 @@ class FlowMove:
         *, n_walk_steps: int = 4, explore: float = 0.0, n_adapt: int = 0,
     ) -> None:  # fmt: skip
         steps = FlowSteps(kind, n_proposals, n_walk_steps, step_size, explore)
+        if not STEP_RANGE[0] <= step_size <= STEP_RANGE[1]:
+            raise ValueError(f"step_size must be in {STEP_RANGE[0]:g} ... {STEP_RANGE[1]:g}, not {step_size:g}")
         if not (isinstance(n_adapt, int) and n_adapt >= 0):
             raise ValueError(f"n_adapt must be a whole number of at least 0, not {n_adapt!r}")
         path = flow_path(checkpoint).resolve()
@@ -205,11 +207,17 @@ def apply_steps(
             f"{flow.molecule.atom_labels[int(bad.argmax())]}); the dynamics before this move broke down: use a smaller "
             "time step, or minimise first"
         )
-    energy = energy_of(context, positions) if energy is None else energy
-    steered, x = flow.at(temperature), torch.from_numpy(positions)[None]
-    target = Target(energy, kT(temperature), lambda x: steered.log_constraint_factor(x, facts.masses))
-    walkers = target.at(x)
-    walkers, counts = steps.run(walkers, target, PlacedFlow(steered, x), generator=generator)
+    steered = flow.at(temperature)
+
+    def factor(x: torch.Tensor) -> torch.Tensor:
+        return steered.log_constraint_factor(x, facts.masses)
+
+    if energy is None:
+        target, walkers = walkers_of(context, temperature, positions, factor)
+    else:
+        target = Target(energy, kT(temperature), factor)
+        walkers = target.at(torch.from_numpy(positions)[None])
+    walkers, counts = steps.run(walkers, target, PlacedFlow(steered, walkers.x), generator=generator)
     accepted = counts["independence_accepted"] + counts["latent_accepted"]
     return (walkers.x[0].numpy() if accepted else None), counts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from openmm import app, unit
 from openmm_tsf.checkpoint import flow_path
 from openmm_tsf.exchange.flows import flow_of, use_flow
 from openmm_tsf.exchange.move import NM_PER_PS, apply_steps, seed_from_numpy
-from openmm_tsf.exchange.velocities import carried
+from openmm_tsf.exchange.velocities import carried, lag_of, rescaled
 from openmm_tsf.flow_steps import COUNTS, FlowSteps
 from openmm_tsf.units import to_kelvin
 
@@ -48,6 +49,7 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
 
     def simulateReplica(self, index: int, steps: int | None = None) -> None:
         """Dynamics of one replica, then the flow; arguments as OpenMM's."""
+        self._prepare(index)
         super().simulateReplica(index, steps)
         context, state = self.simulation.context, self.replicaStateIndex[index]
         here = self.replicaConformation[index].getPositions(asNumpy=True).value_in_unit(unit.nanometer)
@@ -69,6 +71,29 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
             context, np.array(velocities), np.array(here), moved, to_kelvin(temperature), seed_from_numpy(2**31 - 1)
         )
         context.setPositions(moved)
+        context.setVelocities(velocities)
+        self.replicaConformation[index] = context.getState(
+            positions=True, velocities=True, parameters=True, integratorParameters=True
+        )
+
+    def _prepare(self, index: int) -> None:
+        """Make up for OpenMM's scaling of velocities by s = sqrt(T'/T), which scales the half kick too.
+
+        Wanted are s v + (s - 1) h with the half kick h, see `velocities.rescaled`; OpenMM will multiply by s.
+        """
+        old, new = (self.states[states[index]] for states in (self._previousReplicaStateIndex, self.replicaStateIndex))
+        if self.reinitializeVelocities or "temperature" not in new or lag_of(self.simulation.context) == 0.0:
+            return
+        scale = math.sqrt(to_kelvin(new["temperature"]) / to_kelvin(old["temperature"]))
+        if scale == 1.0:
+            return
+        context, here = self.simulation.context, self.replicaConformation[index]
+        context.setState(here)
+        velocities = np.array(here.getVelocities(asNumpy=True).value_in_unit(NM_PER_PS))
+        positions = np.array(here.getPositions(asNumpy=True).value_in_unit(unit.nanometer))
+        self._sampler.applyState(self.replicaStateIndex[index])
+        velocities = rescaled(context, velocities, positions, scale) / scale
+        context.setPositions(positions)
         context.setVelocities(velocities)
         self.replicaConformation[index] = context.getState(
             positions=True, velocities=True, parameters=True, integratorParameters=True

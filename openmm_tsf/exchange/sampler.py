@@ -19,7 +19,7 @@ from openmm_tsf.exchange.quiet import quiet_import
 from openmm_tsf.exchange.velocities import rescaled
 from openmm_tsf.systems import Molecule
 from openmm_tsf.units import to_float
-from openmm_tsf.walkers import FEW_ATOMS, minimise
+from openmm_tsf.walkers import FEW_ATOMS, minimise, seed_of
 
 CHUNK = 10
 """Iterations between looks at the progress."""
@@ -44,14 +44,18 @@ def rescaling(sampler_class: Any) -> Any:
             after = super()._mix_replicas()
             for replica, (old, new) in enumerate(zip(before, after, strict=True)):
                 if old != new:
-                    self._rescale(replica, self._thermodynamic_states[old], self._thermodynamic_states[new])
+                    self._rescale(replica, int(old), int(new))
             return after
 
-        def _rescale(self, replica: int, old: Any, new: Any) -> None:
-            here, scale = self._sampler_states[replica], np.sqrt(new.temperature / old.temperature)
+        def _rescale(self, replica: int, old: int, new: int) -> None:
+            before, after = (self._thermodynamic_states[k] for k in (old, new))
+            here, scale = self._sampler_states[replica], np.sqrt(after.temperature / before.temperature)
             if here.velocities is None or scale == 1.0:
                 return
-            context, _ = self.sampler_context_cache.get_context(new)
+            # by the integrator that made the velocities: in a run that goes on, the cache does not know it yet
+            moves = [move for move in _leaves(self._mcmc_moves[new]) if hasattr(move, "_get_integrator")]
+            integrator = moves[-1]._get_integrator(after) if moves else None
+            context, _ = self.sampler_context_cache.get_context(after, integrator)
             velocities, positions = (
                 np.array(to_float(values, wanted, "of a sampler state"), dtype=np.float64)
                 for values, wanted in ((here.velocities, NM_PER_PS), (here.positions, unit.nanometer))
@@ -77,7 +81,8 @@ def run_openmmtools(
         move: applied after the dynamics; None for plain parallel tempering. A stored run keeps the move it has.
         n_dynamics_steps: of Langevin dynamics in an iteration, of timestep_fs [fs] and friction_per_ps [1/ps].
         store_every: iterations between stored frames, which are the checkpoints.
-        seed: of numpy's global generator; integrators have seeds of their own, so that runs are not repeatable.
+        seed: of numpy's global generator, for the moves; integrators and exchanges have seeds of their own, so that
+            runs are not repeatable.
         progress: told of the iterations.
 
     Raises:
@@ -86,7 +91,6 @@ def run_openmmtools(
     with quiet_import():
         from openmmtools import cache, mcmc, multistate, states
 
-    np.random.seed(seed)  # noqa: NPY002 - openmmtools knows no other
     if storage.exists():
         with open_run(storage):  # says what is wrong with it, which openmmtools would not
             pass
@@ -111,6 +115,8 @@ def run_openmmtools(
     )
     sampler.sampler_context_cache = cache.ContextCache(platform=platform, platform_properties=properties or None)
     sampler.energy_context_cache = cache.ContextCache(platform=platform, platform_properties=properties or None)
+    # of where the run is, or one that goes on would draw what it has drawn before
+    np.random.seed(seed_of(seed, sampler.iteration))  # noqa: NPY002 - the moves of openmmtools know no other
     try:
         while sampler.iteration < n_iterations:
             sampler.extend(min(CHUNK, n_iterations - sampler.iteration))

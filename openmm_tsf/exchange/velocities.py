@@ -21,10 +21,14 @@ LEAPFROG = (
     openmm.NoseHooverIntegrator,
     openmm.VerletIntegrator,
     openmm.VariableLangevinIntegrator,
+    openmm.QTBIntegrator,
+    openmm.DPDIntegrator,
     openmm.VariableVerletIntegrator,
 )
 """Integrators that begin with a whole kick. Custom ones are taken to end a step with velocities and positions at one
 time, as all of openmmtools do."""
+HARDEST = 10.0
+"""Half kicks beyond so many thermal speeds are of a clash: nothing of such velocities is worth keeping."""
 TOLERANCE = 1e-6
 """Relative, of velocity constraints."""
 
@@ -32,6 +36,8 @@ TOLERANCE = 1e-6
 def lag_of(context: openmm.Context) -> float:
     """By how much the velocities of a Context's integrator are behind its positions [ps]: 0, or half a time step."""
     integrator = context.getIntegrator()
+    if isinstance(integrator, openmm.CompoundIntegrator):
+        integrator = integrator.getIntegrator(integrator.getCurrentIntegrator())
     half = 0.5 if isinstance(integrator, LEAPFROG) else 0.0
     return half * integrator.getStepSize().value_in_unit(unit.picosecond)
 
@@ -51,6 +57,8 @@ def carried(
     them anew would be as right for a time step that goes to zero; at a usual one it heats the stiff degrees of freedom,
     whose velocities a leapfrog integrator keeps slower than Maxwell and Boltzmann do.
 
+    After a clash, with forces beyond all measure, all of them are drawn anew.
+
     Args:
         context: its positions and velocities are changed.
         velocities: (A, 3) [nm/ps], as they went with the positions `before`.
@@ -61,11 +69,15 @@ def carried(
     lag, rigid = lag_of(context), context.getSystem().getNumConstraints() > 0
     if lag == 0.0 and not rigid:
         return velocities
+    thermal = np.sqrt(kT(temperature) / _masses(context))
+    noise = np.random.default_rng(seed).normal(size=velocities.shape) * thermal
     half_kick = lag * _accelerations(context, before)
-    if not rigid:
-        return velocities + half_kick - lag * _accelerations(context, after)
-    noise = np.random.default_rng(seed).normal(size=velocities.shape) * np.sqrt(kT(temperature) / _masses(context))
-    velocities = velocities + noise - _projected(context, noise - half_kick)
+    if not (np.abs(half_kick) <= HARDEST * thermal).all():
+        velocities = noise
+    elif rigid:
+        velocities = velocities + noise - _projected(context, noise - half_kick)
+    else:
+        velocities = velocities + half_kick
     return _projected(context, velocities - lag * _accelerations(context, after))
 
 
