@@ -40,6 +40,7 @@ Source = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Run directory; made if it is not there.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of every stage, in place of the configuration's.")]
+LOST = "With openmmtools, those since the last stored frame are done again after Ctrl-C."
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -225,27 +226,36 @@ def exchange(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="Directory; by default exchange in a run's.")
     ] = None,
-    n: Annotated[int | None, typer.Option("-n", min=1, help="Iterations in all; 1000 by default.")] = None,
+    n: Annotated[int | None, typer.Option("-n", min=4, help="Iterations in all; by default 1000.")] = None,
     temperatures: Annotated[
         str | None, typer.Option(metavar="T,T,...", help="The ladder, K, ascending; or one is made of the next four.")
     ] = None,
-    lowest: Annotated[float, typer.Option(callback=_kelvin, help="Lowest temperature, K.")] = 300.0,
-    highest: Annotated[float, typer.Option(callback=_kelvin, help="Highest temperature, K.")] = 600.0,
-    levels: Annotated[int, typer.Option(min=2, help="Number of temperatures.")] = 5,
+    lowest: Annotated[float | None, typer.Option(callback=_kelvin, help="Lowest one, K; by default 300.")] = None,
+    highest: Annotated[float | None, typer.Option(callback=_kelvin, help="Highest one, K; by default 600.")] = None,
+    levels: Annotated[int | None, typer.Option(min=2, help="Number of temperatures; by default 5.")] = None,
     ladder: Annotated[
-        str, typer.Option(help="geometric; or flow: equal acceptance by the flow's own free energies.")
-    ] = "geometric",
-    sampler: Annotated[str, typer.Option(help="batched: all walkers at once; or openmmtools.")] = "batched",
-    replicas: Annotated[int, typer.Option(min=1, help="Replicas at each temperature (batched).")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of dynamics in an iteration.")] = 100,
+        str | None, typer.Option(help="geometric (default); or flow: equal acceptance by the flow's free energies.")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="batched (default): all walkers at once; or openmmtools.")] = None,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Replicas at each temperature (batched); by default 8.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of dynamics in an iteration; by default 100.")] = None,
     timestep: Annotated[float | None, typer.Option(help="Time step, fs; by default 1, or 2 with constraints.")] = None,
-    kind: Annotated[str, typer.Option(help="Of the flow's move: independence, latent or mixed.")] = "independence",
-    proposals: Annotated[int, typer.Option(min=1, help="Draws of the flow for each replica in an iteration.")] = 16,
-    explore: Annotated[float, typer.Option(min=0.0, max=0.99, help="Share of them spread over all basins.")] = 0.0,
-    swaps: Annotated[str, typer.Option(help="Who swaps: neighbours or random pairs (batched).")] = "neighbours",
-    plain: Annotated[bool, typer.Option("--plain", help="No moves with the flow.")] = False,
-    store_every: Annotated[int, typer.Option(min=1, help="Iterations between stored frames.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed.")] = 1,
+    kind: Annotated[str | None, typer.Option(help="Of the move: independence (default), latent or mixed.")] = None,
+    proposals: Annotated[
+        int | None, typer.Option(min=1, help="Draws of the flow for each replica in an iteration; by default 16.")
+    ] = None,
+    explore: Annotated[
+        float | None, typer.Option(min=0.0, max=0.99, help="Share of them spread over all basins; by default 0.")
+    ] = None,
+    swaps: Annotated[str | None, typer.Option(help="neighbours (default) or random pairs (batched).")] = None,
+    plain: Annotated[bool | None, typer.Option("--plain", help="No moves with the flow.")] = None,
+    store_every: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Iterations between stored frames; by default 1. {LOST}"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed; by default 1.")] = None,
     debug: Debug = False,
 ) -> None:
     """Replica exchange in temperature, with the flow as a Metropolis move.
@@ -253,7 +263,9 @@ def exchange(
     Exact whatever the flow is worth. Writes exchange.html with acceptance,
     swaps, replica paths, round trips, free energies by MBAR, and the lowest
     temperature beside the flow's own draws; exchange.json with all figures;
-    frames of the lowest temperature as a trajectory.
+    frames of the lowest temperature as a trajectory. Given the directory of
+    an exchange it goes on with the settings there; of those only -n may
+    change once an iteration is stored.
     """
     from .console import Bar
     from .exchange_stage import run_exchange, settings_of, summary

@@ -24,6 +24,7 @@ from openmm_tsf.batched_walkers import BatchedWalkers
 from openmm_tsf.dcd import GrowingDcd
 from openmm_tsf.energy.engines import batched_energy
 from openmm_tsf.files import whole
+from openmm_tsf.settings import TIMESTEP_FS
 from openmm_tsf.storage import read_npz, write_npz
 from openmm_tsf.systems import Molecule
 from openmm_tsf.trajectories import Frames, load_frames
@@ -34,6 +35,11 @@ Progress = Callable[[int, int, str], None]
 STATE_FILE = "simulation.npz"
 N_WALKERS = {True: 128, False: 8}
 """Default numbers of walkers of batches and of OpenMM."""
+
+
+def default_timestep_fs(molecule: Molecule) -> float:
+    """Time step [fs] where none is given: 1, and 2 if bonds are constrained."""
+    return TIMESTEP_FS[bool(molecule.constraints)]
 
 
 def simulate(
@@ -83,7 +89,7 @@ def simulate(
             platform; a walker that exploded.
         OSError: the directory cannot be written or the disk is full; what was complete before stays good.
     """
-    timestep_fs = float(timestep_fs or (2.0 if molecule.constraints else 1.0))
+    timestep_fs = default_timestep_fs(molecule) if timestep_fs is None else float(timestep_fs)
     options = {"platform": platform, "precision": precision, "device_index": device_index}
     energy = batched_energy(molecule.system, molecule.positions, engine=engine, **options)
     n_walkers = N_WALKERS[energy is not None] if n_walkers is None else n_walkers

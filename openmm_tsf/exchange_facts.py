@@ -10,20 +10,17 @@ import numpy as np
 
 from . import plotting
 from .canvas import versions
-from .exchange_plots import move_acceptance
-from .multistate import FreeEnergies, round_trips, swap_acceptance
+from .multistate import COLUMNS, FreeEnergies, move_acceptance, round_trips, swap_acceptance
 from .records import ExchangeRecord
 from .reference import Reference, ReferenceState
 
 PACKAGES = ("pymbar", "openmmtools")
 """Packages that stand beside those of `canvas.PACKAGES`."""
-NAMES = ("alpha_left", "alpha_right", "beta")
-"""Of the basins, in the order of `torsions.BASINS`."""
 TEMPLATES = {
     "mean_energy": "mean_energy_{}{}_kj_per_mol",
     "heat_capacity": "heat_capacity_{}{}_kj_per_mol_per_kelvin",
-    **{name: f"{name}_{{}}{{}}" for name in NAMES},
-    **{f"{name}_free_energy_kt": f"{name}_{{}}_free_energy{{}}_kt" for name in NAMES},
+    **{name: f"{name}_{{}}{{}}" for name in COLUMNS},
+    **{f"{name}_free_energy_kt": f"{name}_{{}}_free_energy{{}}_kt" for name in COLUMNS},
 }
 """Names of what is in a row, for a source and its value ("") or error ("_error")."""
 

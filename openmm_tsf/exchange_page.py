@@ -7,6 +7,7 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
+from .flow_steps import STEPS
 from .report import ALPHA, FAR, LOW_ESS, page, percent, share_with_error, table, with_error
 
 Found = Mapping[str, Any]
@@ -98,7 +99,7 @@ def _about_swaps(found: Found) -> list[str]:
 def _about_moves(found: Found) -> list[str]:
     words = []
     for k, temperature in enumerate(ladder(found)):
-        for kind in ("independence", "latent"):
+        for kind in STEPS:
             share = found.get(f"{kind}_acceptance_{k}")
             if share is not None and share < FEW_MOVES:
                 words.append(
@@ -120,7 +121,12 @@ def _about_samples(found: Found) -> list[str]:
         if found[f"n_effective_{k}"] is not None and found[f"n_effective_{k}"] < FEW_SAMPLES
     ]
     share, error = found["alpha_left_exchange"], found["alpha_left_exchange_error"]
-    if share is not None and (not share or error is None):
+    if share is not None and error is None:
+        words.append(
+            "The shares of the basins have no error bars: all stored frames lie in one of the blocks of time that are "
+            "left out in turn; store frames more often (--store-every), or run longer."
+        )
+    elif share == 0.0:
         words.append("The stored frames have too little alpha_L to say how much there is; run longer.")
     elif share and error > 0.1 * share:
         words.append(f"The alpha_L share is known to {percent(error / share)} of itself only; a longer run narrows it.")
@@ -147,7 +153,7 @@ def _about_agreement(found: Found) -> list[str]:
 
 def _ladder_table(found: Found) -> str:
     """One row a temperature: acceptances, free energy, effective samples."""
-    kinds = [kind for kind in ("independence", "latent") if any(f"{kind}_acceptance_" in key for key in found)]
+    kinds = [kind for kind in STEPS if any(f"{kind}_acceptance_" in key for key in found)]
     head = ["temperature", *(f"{kind} moves accepted" for kind in kinds), "swaps with the next", "f [nat]"]
     rows = []
     for k, temperature in enumerate(ladder(found)):

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .canvas import FOOT, STYLE, footer
-from .multistate import frame_weights, ramachandran, replica_paths, round_trips, swap_acceptance
+from .flow_steps import STEPS
+from .mbar import Samples
+from .multistate import frame_weights, move_acceptance, ramachandran, replica_paths, round_trips, swap_acceptance
 from .plotting import BLUE, ORANGE, QUANTITIES, reference_value
 from .records import ExchangeRecord
 from .reference import Reference
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KINDS = {"independence": BLUE, "latent": ORANGE}
-"""Kinds of flow moves and their colours."""
+COLORS = dict(zip(STEPS, (BLUE, ORANGE), strict=True))
+"""Of the kinds of flow moves."""
 N_PATHS = 8
 LONGEST_PATH = 300
 """Iterations of a path that can be told apart on the page."""
@@ -45,22 +47,6 @@ MARKS: Mapping[str, dict[str, Any]] = {
 }
 LABELS = {"exchange": "exchange, MBAR", "flow": "flow, reweighted", "reference": "reference"}
 Rows = Sequence[Mapping[str, float]]
-
-
-def move_acceptance(record: ExchangeRecord) -> dict[str, np.ndarray]:
-    """Share of accepted among proposed flow moves of each kind, (K,); NaN where a temperature had none.
-
-    Kinds that were never proposed are left out, so an exchange without flow moves gives an empty mapping.
-    """
-    shares = {}
-    for kind in KINDS:
-        proposed, accepted = (
-            np.array([counts.get(f"{kind}_{what}", 0) for counts in record.move_counts], dtype=np.float64)
-            for what in ("proposed", "accepted")
-        )
-        if proposed.any():
-            shares[kind] = np.divide(accepted, proposed, out=np.full(len(proposed), np.nan), where=proposed > 0)
-    return shares
 
 
 def exchange_figure(record: ExchangeRecord, *, note: str = "") -> Figure:
@@ -94,6 +80,7 @@ def exchange_series(
     *,
     n_discard: int = 0,
     n_effective: float | None = None,
+    samples: Samples | None = None,
 ) -> Series:
     """What `plotting.ramachandran` shows of the stored frames, weighed by MBAR for one temperature [K].
 
@@ -102,12 +89,14 @@ def exchange_series(
         n_discard: iterations left out at the beginning.
         n_effective: independent samples at this temperature, correlation in time included; the ESS shown is at most
             that. By default it is Kish's share of the MBAR weights alone.
+        samples: as in `multistate.frame_weights`.
     """
-    weights = frame_weights(record, temperature, n_discard=n_discard)
-    n = int(np.count_nonzero(record.position_iterations >= n_discard)) * record.n_replicas
+    samples = samples or Samples.of(record, n_discard, 1)
+    weights = frame_weights(record, temperature, samples=samples)
+    n = int(np.count_nonzero(samples.frame_iterations >= 0)) * record.n_replicas
     effective = float(1.0 / np.sum(weights**2))
     share = min(effective, math.inf if n_effective is None else n_effective) / n
-    cells = ramachandran(record, temperature, phi, psi, n_discard=n_discard)
+    cells = ramachandran(record, temperature, phi, psi, samples=samples)
     return Series("reweighted", "Exchange, MBAR", float(temperature), n, share, cells, None, None)
 
 
@@ -158,7 +147,7 @@ def _moves(axis: Axes, record: ExchangeRecord) -> None:
     width = min(0.76, 0.2 * n) / max(1, len(shares))
     for index, (kind, share) in enumerate(shares.items()):
         where = np.arange(n) + (index - (len(shares) - 1) / 2) * width
-        axis.bar(where, 100 * share, 0.92 * width, color=KINDS[kind], label=kind)
+        axis.bar(where, 100 * share, 0.92 * width, color=COLORS[kind], label=kind)
         for x, value in zip(where, 100 * share, strict=True):
             if math.isfinite(value) and n * len(shares) <= 2 * MOST_NUMBERS:
                 axis.text(x, value + 1.5, _digits(value), ha="center", va="bottom", fontsize=7, color="#444444")
@@ -214,7 +203,7 @@ def _paths(axis: Axes, record: ExchangeRecord, n_paths: int) -> None:
 
 
 def _counts(record: ExchangeRecord) -> str:
-    moves = sum(counts.get(f"{kind}_proposed", 0) for counts in record.move_counts for kind in KINDS)
+    moves = sum(counts.get(f"{kind}_proposed", 0) for counts in record.move_counts for kind in STEPS)
     swaps = int(np.triu(record.swap_proposed, 1).sum())
     return (
         f"{record.sampler}: {_spaced(record.n_iterations)} iterations of {record.n_replicas} replicas; "
@@ -233,6 +222,8 @@ def _values(axis: Axes, sources: Mapping[str, Rows], name: str) -> None:
             axis.errorbar(
                 x, y, error, capsize=2, elinewidth=1.0, label=LABELS[source], zorder=3 + order, **MARKS[source]
             )
+    if not axis.containers:
+        axis.text(0.5, 0.5, "no value with an error bar", transform=axis.transAxes, color="#777777", ha="center")
     axis.set(ylabel=label, title=title)
     axis.tick_params(labelbottom=False)
 

@@ -18,11 +18,12 @@ import torch
 from . import analysis, plotting
 from .canvas import png, small_print
 from .ensemble import Ensemble, draw, out_of_reach
-from .exchange_facts import NAMES, PACKAGES, account, at_lowest, json_safe
+from .exchange_facts import PACKAGES, account, at_lowest, json_safe
 from .exchange_page import render
 from .exchange_plots import exchange_figure, exchange_series, observables_exchange
 from .files import whole, write_text
-from .multistate import N_BLOCKS, free_energies, observables
+from .mbar import Samples
+from .multistate import COLUMNS, N_BLOCKS, free_energies, observables
 from .records import ExchangeRecord
 from .reference import Reference, reference_for
 from .series import of_ensemble, of_reference
@@ -100,13 +101,14 @@ def write_exchange_report(
         n_blocks = left // 2
         notes.append(f"Only {left} iterations are left: error bars come from {n_blocks} blocks of time and are rough.")
     tell(0, total, "MBAR")
-    free = free_energies(record, n_discard=discarded, n_blocks=n_blocks)
-    rows = observables(record, temperatures, *(angles or ()), n_discard=discarded, n_blocks=n_blocks)
+    samples = Samples.of(record, discarded, n_blocks)
+    free = free_energies(record, samples=samples)
+    rows = observables(record, temperatures, *(angles or ()), samples=samples)
     part = FlowPart(None, [], [])
     if flow is not None:
         part = _draws(flow, energy, molecule, temperatures, n_draws, seed, lambda i, words: tell(1 + i, total, words))
     tell(total - 2, total, "pictures")
-    drawn = _figures(record, angles, rows, part, reference, molecule, discarded, seed)
+    drawn = _figures(record, samples, angles, rows, part, reference, molecule, seed)
     facts = account(record, free, molecule, discarded, n_draws if part.rows else 0, seed)
     facts |= at_lowest(rows[0], part.rows[0] if part.rows else {}, reference)
     found = {name: json_safe(value) for name, value in facts.items()}
@@ -192,11 +194,11 @@ def flow_row(ensemble: Ensemble, topology: Any) -> dict[str, float]:
     row = {"n_effective": ensemble.n_effective} | {key: x for key, x in row.items() if not key.startswith("alpha")}
     if angles is None:
         return row
-    members = (torch.as_tensor(analysis.basins(*angles))[:, None] == torch.arange(len(NAMES))).double()
+    members = (torch.as_tensor(analysis.basins(*angles))[:, None] == torch.arange(len(COLUMNS))).double()
     share = ensemble.mean(members)
     free = analysis.free_energy(share)
     row["alpha_left_raw"] = float(members[:, 0].mean())
-    for index, name in enumerate(NAMES):
+    for index, name in enumerate(COLUMNS):
         in_kj = tuple(kT(ensemble.temperature) * part for part in free)
         columns = {name: share, f"{name}_free_energy_kt": free, f"{name}_free_energy": in_kj}
         for key, (value, error) in columns.items():
@@ -206,12 +208,12 @@ def flow_row(ensemble: Ensemble, topology: Any) -> dict[str, float]:
 
 def _figures(
     record: ExchangeRecord,
+    samples: Samples,
     angles: Angles | None,
     rows: Sequence[Mapping[str, float]],
     part: FlowPart,
     reference: Reference | None,
     molecule: Any,
-    n_discard: int,
     seed: int,
 ) -> dict[str, Figure]:
     note = small_print(seed, *PACKAGES)
@@ -219,9 +221,7 @@ def _figures(
     if angles is not None:
         coldest = float(record.temperatures[0])
         panels = [] if part.coldest is None else list(of_ensemble(part.coldest, molecule))
-        panels.append(
-            exchange_series(record, coldest, *angles, n_discard=n_discard, n_effective=rows[0]["n_effective"])
-        )
+        panels.append(exchange_series(record, coldest, *angles, n_effective=rows[0]["n_effective"], samples=samples))
         exact = of_reference(reference, coldest)
         drawn["ramachandran_exchange"] = plotting.ramachandran([*panels, *([exact] if exact else [])], note=note)
     drawn["observables_exchange"] = observables_exchange(rows, part.rows, reference=reference, note=note)

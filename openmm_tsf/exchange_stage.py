@@ -11,10 +11,20 @@ from typing import Any
 import numpy as np
 
 from .checkpoint import flow_path, load_flow
+from .dynamics import default_timestep_fs
 from .energy import choose_energy
 from .ensemble import to_mdtraj
 from .exchange_report import write_exchange_report
-from .exchange_settings import FILE, ExchangeSettings, load_exchange_settings, make_settings, settle
+from .exchange_settings import (
+    FILE,
+    SEGMENTS,
+    STORAGE,
+    ExchangeSettings,
+    changed_settings,
+    load_exchange_settings,
+    make_settings,
+    settle,
+)
 from .files import whole, write_text
 from .flow import Flow
 from .ladder import flow_ladder, geometric_ladder
@@ -23,17 +33,19 @@ from .report import share_with_error
 from .rundir import Progress
 
 N_DRAWS = 10_000
-SEGMENTS, STORAGE, CLOCK = "segments", "exchange.nc", "seconds.json"
+CLOCK = "seconds.json"
+LADDER = (300.0, 600.0, 5, "geometric")
+"""Lowest and highest temperature [K], number and kind of a ladder that nobody gave."""
+Ladder = tuple[float | None, float | None, int | None, str | None]
 
 
 def settings_of(
-    source: str, out: Path | None, n_iterations: int | None, temperatures: str | None,
-    ladder: tuple[float, float, int, str], **others: Any,
-) -> tuple[Path, ExchangeSettings]:  # fmt: skip
-    """Directory and settings that a command line means.
+    source: str, out: Path | None, n_iterations: int | None, temperatures: str | None, ladder: Ladder, **others: Any
+) -> tuple[Path, ExchangeSettings]:
+    """Directory and settings that a command line means; None is what it does not say.
 
     Args:
-        source: a flow, or the directory of an exchange, which keeps its settings.
+        source: a flow, or the directory of an exchange; what is not said is as it is there.
         out: the directory; by default `exchange` in a run directory.
         n_iterations: in all.
         temperatures: "300,400,500" [K].
@@ -41,29 +53,47 @@ def settings_of(
         others: of `ExchangeSettings`.
 
     Raises:
-        ValueError: a ladder that is none; a flow that is not there; no directory to write to.
+        ValueError: a ladder that is none, or said twice; a flow that is not there; no directory to write to.
     """
+    if temperatures is not None and any(part is not None for part in ladder):
+        raise ValueError("give --temperatures, or a ladder by --lowest, --highest, --levels and --ladder, not both")
+    values = others | {"n_iterations": n_iterations}
     if (Path(source) / FILE).is_file():
         if out is not None and out.resolve() != Path(source).resolve():
             raise ValueError(f"{source} is an exchange already: give a flow, or no --out")
         begun = load_exchange_settings(Path(source))
-        return Path(source), replace(begun, n_iterations=n_iterations or begun.n_iterations)
+        return Path(source), changed_settings(begun, temperatures=_other_ladder(begun, temperatures, ladder), **values)
     path = flow_path(source).resolve()
     named = str(path) if Path(source).exists() else source  # a pretrained flow moves with the package
     if out is None and not Path(source).is_dir():
         raise ValueError("say where the exchange goes: --out DIR")
     directory = Path(source) / "exchange" if out is None else out
-    kelvin = _ladder(path, temperatures, *ladder)
-    values = {**others, **({} if n_iterations is None else {"n_iterations": n_iterations})}
+    kelvin = _ladder(path, *_filled(ladder, LADDER)) if temperatures is None else _listed(temperatures)
     return directory, make_settings(flow=named, temperatures=kelvin, **values)
 
 
-def _ladder(flow: Path, temperatures: str | None, lowest: float, highest: float, n: int, how: str) -> list[float]:
+def _other_ladder(begun: ExchangeSettings, temperatures: str | None, ladder: Ladder) -> list[float] | None:
+    """The ladder that is asked for in place of one that was begun; None if nothing else is asked for."""
     if temperatures is not None:
-        try:
-            return [float(part) for part in temperatures.split(",")]
-        except ValueError:
-            raise ValueError(f"temperatures {temperatures!r} must be numbers with commas, as 300,400,500") from None
+        return _listed(temperatures)
+    lowest, highest = (round(t, 3) for t in (begun.temperatures[0], begun.temperatures[-1]))
+    there = (lowest, highest, len(begun.temperatures), None)
+    asked = _filled(ladder, there)
+    return None if asked == there else _ladder(flow_path(begun.flow), *_filled(asked, LADDER))
+
+
+def _filled(ladder: Ladder, default: Ladder) -> Ladder:
+    return tuple(there if part is None else part for part, there in zip(ladder, default, strict=True))
+
+
+def _listed(temperatures: str) -> list[float]:
+    try:
+        return [float(part) for part in temperatures.split(",")]
+    except ValueError:
+        raise ValueError(f"temperatures {temperatures!r} must be numbers with commas, as 300,400,500") from None
+
+
+def _ladder(flow: Path, lowest: float, highest: float, n: int, how: str) -> list[float]:
     if how not in ("geometric", "flow"):
         raise ValueError(f"unknown ladder {how!r}; choose geometric or flow")
     made = (
@@ -79,7 +109,7 @@ def run_exchange(
 
     Args:
         directory: made if need be; an exchange that is there goes on if its settings are the same.
-        settings: of the exchange; `n_iterations` may have grown.
+        settings: of the exchange; `n_iterations` may have changed. What is there is only reported if it is enough.
         n_draws: of the flow at each temperature, for comparison in the report.
         progress: told of iterations, then of the report.
 
@@ -90,7 +120,7 @@ def run_exchange(
         ValueError: other settings than those of the directory, a damaged file, a ladder or flow that does not fit.
     """
     flow = load_flow(flow_path(settings.flow)).requires_grad_(False)
-    settings = settle(directory, settings)
+    settings = settle(directory, changed_settings(settings, timestep_fs=_timestep_fs(settings, flow)))
     record = (
         _batched(directory, settings, flow, progress)
         if settings.sampler == "batched"
@@ -101,6 +131,10 @@ def run_exchange(
     return write_exchange_report(
         directory, record, flow.molecule, flow, energy, n_draws=n_draws, seed=settings.seed, progress=progress
     )
+
+
+def _timestep_fs(settings: ExchangeSettings, flow: Flow) -> float:
+    return default_timestep_fs(flow.molecule) if settings.timestep_fs is None else settings.timestep_fs
 
 
 def summary(found: dict[str, Any]) -> dict[str, str]:
@@ -154,7 +188,7 @@ def _batched(directory: Path, settings: ExchangeSettings, flow: Flow, progress: 
 
 def _openmmtools(directory: Path, settings: ExchangeSettings, flow: Flow, progress: Progress | None) -> ExchangeRecord:
     from .exchange.move import FlowMove
-    from .exchange.sampler import run_openmmtools
+    from .exchange.sampler import most_energies, run_openmmtools
     from .exchange.storage import read_exchange
 
     steps = settings.steps
@@ -163,12 +197,12 @@ def _openmmtools(directory: Path, settings: ExchangeSettings, flow: Flow, progre
         explore=steps.explore,
     )  # fmt: skip
     clock, begin = directory / CLOCK, time.monotonic()
-    before = json.loads(clock.read_text("utf-8"))["seconds"] if clock.is_file() else 0.0
-    timestep = 2.0 if flow.molecule.constraints else 1.0
+    goes_on = clock.is_file() and (directory / STORAGE).exists()
+    before = json.loads(clock.read_text("utf-8"))["seconds"] if goes_on else 0.0
     try:
         run_openmmtools(
             flow.molecule, np.array(settings.temperatures), directory / STORAGE, settings.n_iterations, move=move,
-            n_dynamics_steps=settings.n_dynamics_steps, timestep_fs=settings.timestep_fs or timestep,
+            n_dynamics_steps=settings.n_dynamics_steps, timestep_fs=_timestep_fs(settings, flow),
             friction_per_ps=settings.friction_per_ps, store_every=settings.store_every, seed=settings.seed,
             progress=progress,
         )  # fmt: skip
@@ -176,7 +210,7 @@ def _openmmtools(directory: Path, settings: ExchangeSettings, flow: Flow, progre
         seconds = before + time.monotonic() - begin
         write_text(clock, json.dumps({"seconds": seconds}) + "\n")
     record = read_exchange(directory / STORAGE)
-    energies = settings.n_dynamics_steps + (0 if settings.plain else steps.n_energies)
+    energies = most_energies(settings.n_dynamics_steps, None if settings.plain else steps)
     return replace(record, seconds=seconds, n_energy_evaluations=energies * record.levels.size)
 
 

@@ -14,9 +14,12 @@ from .flow import SteeredFlow
 from .metropolis import StepInfo, Target, Walkers, independence_step, latent_step
 from .typing import Mask, Positions, Proposal, Scalars, Vectors
 
-KINDS = ("independence", "latent", "mixed")
+STEPS = ("independence", "latent")
+"""Kinds of Metropolis steps."""
+KINDS = (*STEPS, "mixed")
+"""Kinds of moves: of one of the steps, or of both."""
 WHAT = ("proposed", "accepted", "nonfinite", "off_chart")
-COUNTS = (*(f"{kind}_{what}" for kind in KINDS[:2] for what in WHAT), "unrepresentable")
+COUNTS = (*(f"{kind}_{what}" for kind in STEPS for what in WHAT), "unrepresentable")
 """Keys of the counts: of each kind of step, its proposals and what became of them; and how many walkers were where the
 flow cannot be, so that all their proposals were rejected."""
 
@@ -85,7 +88,6 @@ class FlowSteps:
                 representable = _add(counts, "latent", info)
         counts["unrepresentable"] = int((~representable).sum())
         return walkers, counts
-
 
     def _exploring(self, steered: Any) -> Proposal:
         if not hasattr(steered, "exploring"):

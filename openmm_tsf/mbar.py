@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy.special import logsumexp
@@ -17,8 +18,12 @@ from .records import ExchangeRecord
 from .units import kT
 
 
-class Samples(NamedTuple):
-    """Energies (I, R) [kJ/mol] and levels after discarding, the block of each iteration, and the same of the frames."""
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Energies (I, R) [kJ/mol] and levels after discarding, the block of each iteration, and the same of the frames.
+
+    What MBAR says of them, and of them without each block, is solved when it is first asked for and then kept.
+    """
 
     temperatures: np.ndarray
     energies: np.ndarray
@@ -63,6 +68,16 @@ class Samples(NamedTuple):
         """Number of blocks."""
         return int(self.block[-1]) + 1
 
+    @cached_property
+    def f(self) -> np.ndarray:
+        """(K,) MBAR free energies [nat] of all iterations."""
+        return self.solve(self.everything)
+
+    @cached_property
+    def f_without(self) -> tuple[np.ndarray, ...]:
+        """The same (K,) without each of the blocks."""
+        return tuple(self.solve(self.block != block, self.f) for block in range(self.n_blocks))
+
     def counts(self, kept: np.ndarray) -> np.ndarray:
         """(K,) samples of each temperature."""
         return np.bincount(self.levels[kept].ravel(), minlength=len(self.temperatures))
@@ -82,16 +97,23 @@ class Samples(NamedTuple):
         return self._log_weights(f, self.energies[kept], self.counts(kept), temperature)
 
     def frame_weights(self, f: np.ndarray, kept: np.ndarray, temperature: float) -> np.ndarray:
-        """(J, R) MBAR weights of the stored frames, which sum to 1; 0 where the iteration is not kept."""
+        """(J, R) MBAR weights of the stored frames, which sum to 1; 0 where not kept, NaN if none is."""
         rows = self.frame_iterations
         used = (rows >= 0) & kept[np.maximum(rows, 0)]
         weights = np.zeros((len(rows), self.energies.shape[1]))
         if not used.any():
-            raise ValueError(f"none of the {len(rows)} stored frames is left; store more often, or discard less")
+            return np.full_like(weights, math.nan)
         n = np.bincount(self.levels[rows[used]].ravel(), minlength=len(self.temperatures))
         log_w = self._log_weights(f, self.energies[rows[used]], n, temperature)
         weights[used] = np.exp(log_w - logsumexp(log_w))
         return weights
+
+    def require_frames(self) -> None:
+        """Raises a ValueError where no stored frame is left after discarding."""
+        if not (self.frame_iterations >= 0).any():
+            raise ValueError(
+                f"none of the {len(self.frame_iterations)} stored frames is left; store more often, or discard less"
+            )
 
     def _log_weights(self, f: np.ndarray, energies: np.ndarray, n: np.ndarray, temperature: float) -> np.ndarray:
         mixture = np.full(energies.shape, -math.inf)
@@ -104,13 +126,12 @@ class Samples(NamedTuple):
 def jackknife(
     samples: Samples, statistic: Callable[[np.ndarray, np.ndarray], np.ndarray], best: np.ndarray
 ) -> np.ndarray:
-    """Standard error of statistic(iterations kept, free energies) by leaving out each block; NaN with one block."""
+    """Standard error of statistic(iterations kept, free energies) by leaving out each block.
+
+    NaN with one block, and for what is NaN without one of the blocks.
+    """
     n = samples.n_blocks
     if n < 2:
         return np.full_like(best, math.nan)
-    guess = samples.solve(samples.everything)
-    parts = []
-    for block in range(n):
-        kept = samples.block != block
-        parts.append(statistic(kept, samples.solve(kept, guess)))
+    parts = [statistic(samples.block != block, f) for block, f in enumerate(samples.f_without)]
     return np.sqrt((n - 1) / n * ((np.stack(parts) - np.mean(parts, axis=0)) ** 2).sum(0))

@@ -18,8 +18,9 @@ import numpy as np
 from scipy.special import logsumexp
 
 from .analysis import ramachandran_histogram
+from .flow_steps import STEPS
 from .mbar import Samples, jackknife
-from .records import ExchangeRecord
+from .records import ExchangeRecord, RoundTrips
 from .torsions import BASINS, basins
 from .units import kT, to_kelvin
 
@@ -53,6 +54,22 @@ def swap_acceptance(record: ExchangeRecord) -> np.ndarray:
     return share
 
 
+def move_acceptance(record: ExchangeRecord) -> dict[str, np.ndarray]:
+    """Share of accepted among proposed flow moves of each kind, (K,); NaN where a temperature had none.
+
+    Kinds that were never proposed are left out, so an exchange without flow moves gives an empty mapping.
+    """
+    shares = {}
+    for kind in STEPS:
+        proposed, accepted = (
+            np.array([counts.get(f"{kind}_{what}", 0) for counts in record.move_counts], dtype=np.float64)
+            for what in ("proposed", "accepted")
+        )
+        if proposed.any():
+            shares[kind] = np.divide(accepted, proposed, out=np.full(len(proposed), math.nan), where=proposed > 0)
+    return shares
+
+
 def replica_paths(record: ExchangeRecord, n_replicas: int = 8) -> np.ndarray:
     """Levels over time (I, n) of n replicas, or of all if there are fewer, spread evenly over the replicas."""
     chosen = np.linspace(0, record.n_replicas - 1, min(n_replicas, record.n_replicas)).round().astype(int)
@@ -61,13 +78,9 @@ def replica_paths(record: ExchangeRecord, n_replicas: int = 8) -> np.ndarray:
 
 def round_trips(record: ExchangeRecord) -> np.ndarray:
     """How often each replica went from the lowest temperature to the highest and back again, (R,) ints."""
-    top = len(record.temperatures) - 1
-    trips = np.zeros(record.n_replicas, dtype=np.int64)
-    for replica, levels in enumerate(record.levels.T):
-        ends = levels[(levels == 0) | (levels == top)]
-        turns = ends[np.flatnonzero(np.diff(ends, prepend=-1))]  # the ends in turn, each once
-        trips[replica] = max(0, np.count_nonzero(turns == 0) - 1)
-    return trips
+    trips = RoundTrips(len(record.temperatures), record.n_replicas)
+    trips.follow(record.levels)
+    return trips.counts
 
 
 def statistical_inefficiency(series: np.ndarray) -> float:
@@ -91,18 +104,22 @@ def statistical_inefficiency(series: np.ndarray) -> float:
     return max(1.0, 1.0 + 2.0 * float(((1.0 - lag / n) * correlation[1:end]).sum()))
 
 
-def free_energies(record: ExchangeRecord, *, n_discard: int = 0, n_blocks: int = N_BLOCKS) -> FreeEnergies:
+def free_energies(
+    record: ExchangeRecord, *, n_discard: int = 0, n_blocks: int = N_BLOCKS, samples: Samples | None = None
+) -> FreeEnergies:
     """MBAR free energies, effective samples and overlap of the temperatures.
 
     Args:
         n_discard: iterations left out at the beginning.
         n_blocks: of the jackknife; the error itself is uncertain by 1 / sqrt(2 n_blocks).
+        samples: `mbar.Samples.of(record, n_discard, n_blocks)`, which says both and keeps what it has solved: give the
+            same to several functions and MBAR is done once. By default they are made here.
 
     Raises:
         ValueError: fewer iterations left than blocks, or a non-finite energy among them.
     """
-    samples = Samples.of(record, n_discard, n_blocks)
-    value = samples.solve(samples.everything)
+    samples = samples or Samples.of(record, n_discard, n_blocks)
+    value = samples.f
     error = jackknife(samples, lambda kept, f: f, value)
     log_weights = np.stack([samples.log_weights(value, samples.everything, t) for t in record.temperatures])
     weights = np.exp(log_weights - logsumexp(log_weights, axis=(1, 2), keepdims=True))
@@ -118,17 +135,20 @@ def free_energies(record: ExchangeRecord, *, n_discard: int = 0, n_blocks: int =
     )
 
 
-def frame_weights(record: ExchangeRecord, temperature: float, *, n_discard: int = 0) -> np.ndarray:
+def frame_weights(
+    record: ExchangeRecord, temperature: float, *, n_discard: int = 0, samples: Samples | None = None
+) -> np.ndarray:
     """MBAR weights of the stored frames at a temperature [K] within the ladder, (J * R,), row = j * R + r.
 
     They sum to 1; frames of discarded iterations weigh 0. The order is that of `record.positions.reshape(-1, A, 3)`.
+    With samples as in `free_energies`, theirs is the number of iterations discarded.
 
     Raises:
         ValueError: a temperature outside the ladder, or no frame is left.
     """
-    samples = Samples.of(record, n_discard, 1)
-    kept = samples.everything
-    return samples.frame_weights(samples.solve(kept), kept, _within(record, temperature)).ravel()
+    samples = samples or Samples.of(record, n_discard, 1)
+    samples.require_frames()
+    return samples.frame_weights(samples.f, samples.everything, _within(record, temperature)).ravel()
 
 
 def observables(
@@ -139,6 +159,7 @@ def observables(
     *,
     n_discard: int = 0,
     n_blocks: int = N_BLOCKS,
+    samples: Samples | None = None,
 ) -> list[dict[str, float]]:
     """What all temperatures together say at any temperature between them, with errors.
 
@@ -146,7 +167,7 @@ def observables(
         temperatures: [K], within the ladder.
         phi, psi: (J * R,) [rad] of the stored frames, `torsions.phi_psi(record.positions.reshape(-1, A, 3), topology)`;
             None for a molecule without them.
-        n_discard, n_blocks: as in `free_energies`.
+        n_discard, n_blocks, samples: as in `free_energies`.
 
     Returns:
         one row a temperature with the keys of `analysis.observables_against_temperature`: temperature [K], ess (Kish's
@@ -154,40 +175,50 @@ def observables(
         [kJ/mol/K] from the energies of every iteration; with phi and psi also, from the stored frames, for each of the
         basins alpha_left, alpha_right and beta: its share, `_free_energy_kt` (-ln of the share) and `_free_energy`
         [kJ/mol]. Each but the first two has an `_error`. A basin that no frame is in has share 0, free energy inf and
-        its error NaN. Besides, n_effective: Kish's number over the statistical inefficiency of the energy.
+        its error NaN; the errors of all basins are NaN where all stored frames lie in one block.
+        Besides, n_effective: Kish's number over the statistical inefficiency of the energy.
 
     Raises:
-        ValueError: a temperature outside the ladder, angles that are not those of the stored frames, or as in
-            `free_energies`.
+        ValueError: a temperature outside the ladder, angles that are not those of the stored frames or all of them of
+            discarded iterations, or as in `free_energies`.
     """
     wanted = np.array([_within(record, temperature) for temperature in temperatures])
-    samples = Samples.of(record, n_discard, n_blocks)
-    members = None if phi is None or psi is None else _members(record, phi, psi)
+    samples = samples or Samples.of(record, n_discard, n_blocks)
+    members = None
+    if phi is not None and psi is not None:
+        members = _members(record, phi, psi)
+        samples.require_frames()
 
     def figures(kept: np.ndarray, f: np.ndarray) -> np.ndarray:
         return np.stack([_figures(samples, f, kept, temperature, members) for temperature in wanted])
 
-    f = samples.solve(samples.everything)
-    best = figures(samples.everything, f)
+    best = figures(samples.everything, samples.f)
     error = jackknife(samples, figures, best)
     inefficiency = statistical_inefficiency(_standardised(samples))
     rows = []
     for temperature, value, deviation in zip(wanted, best, error, strict=True):
-        log_w = samples.log_weights(f, samples.everything, temperature)
+        log_w = samples.log_weights(samples.f, samples.everything, temperature)
         kish = float(np.exp(2.0 * logsumexp(log_w) - logsumexp(2.0 * log_w)))
         rows.append(_row(temperature, kish / log_w.size, kish / inefficiency, value, deviation))
     return rows
 
 
 def ramachandran(
-    record: ExchangeRecord, temperature: float, phi: np.ndarray, psi: np.ndarray, *, n_discard: int = 0
+    record: ExchangeRecord,
+    temperature: float,
+    phi: np.ndarray,
+    psi: np.ndarray,
+    *,
+    n_discard: int = 0,
+    samples: Samples | None = None,
 ) -> np.ndarray:
     """MBAR-weighted histogram (64, 64) of the stored frames at a temperature [K], as `analysis.ramachandran_histogram`.
 
     Args:
         phi, psi: (J * R,) [rad] as in `observables`.
+        n_discard, samples: as in `frame_weights`.
     """
-    weights = frame_weights(record, temperature, n_discard=n_discard)
+    weights = frame_weights(record, temperature, n_discard=n_discard, samples=samples)
     if not len(np.ravel(phi)) == len(np.ravel(psi)) == len(weights):
         raise ValueError(f"{np.size(phi)} values of phi and {np.size(psi)} of psi for {len(weights)} stored frames")
     return ramachandran_histogram(np.ravel(phi), np.ravel(psi), weights)
@@ -196,7 +227,7 @@ def ramachandran(
 def _figures(
     samples: Samples, f: np.ndarray, kept: np.ndarray, temperature: float, members: np.ndarray | None
 ) -> np.ndarray:
-    """Mean energy, heat capacity and the shares of the basins at one temperature."""
+    """Mean energy, heat capacity and the shares of the basins at one temperature; NaN shares where no frame is kept."""
     log_w = samples.log_weights(f, kept, temperature)
     w = np.exp(log_w - logsumexp(log_w))
     energies = samples.energies[kept]

@@ -1,4 +1,4 @@
-"""What a replica exchange in temperature leaves behind, whichever program ran it."""
+"""What a replica exchange in temperature leaves behind, whichever program ran it; its round trips."""
 
 from __future__ import annotations
 
@@ -66,3 +66,29 @@ class ExchangeRecord:
     def n_replicas(self) -> int:
         """Number of replicas R."""
         return self.levels.shape[1]
+
+
+class RoundTrips:
+    """Counts how often each of R replicas went from the lowest of K temperatures to the highest and back, as it goes.
+
+    Args:
+        n_temperatures, n_replicas: K and R.
+    """
+
+    def __init__(self, n_temperatures: int, n_replicas: int) -> None:
+        self._top = n_temperatures - 1
+        self._end = np.full(n_replicas, -1)  # where each replica was last, the bottom or the top; -1 for neither yet
+        self._arrivals = np.zeros(n_replicas, dtype=np.int64)  # at the bottom, from the top or for the first time
+
+    def follow(self, levels: np.ndarray) -> None:
+        """Take in the next n iterations: levels (n, R), as in `ExchangeRecord`."""
+        path = np.concatenate([self._end[None], levels])
+        rows = np.where((path == 0) | (path == self._top), np.arange(len(path))[:, None], 0)
+        ends = np.take_along_axis(path, np.maximum.accumulate(rows, axis=0), axis=0)
+        self._arrivals += ((ends[1:] == 0) & (ends[:-1] != 0)).sum(0)
+        self._end = ends[-1]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(R,) round trips so far."""
+        return np.maximum(self._arrivals - 1, 0)

@@ -19,7 +19,7 @@ from openmm import unit
 from torch import Tensor
 
 from openmm_tsf import batched_walkers
-from openmm_tsf.dynamics import molecule_digest
+from openmm_tsf.dynamics import default_timestep_fs, molecule_digest
 from openmm_tsf.energy import BatchedEnergy
 from openmm_tsf.energy.platforms import choose_platform
 from openmm_tsf.exchange.contexts import SystemFacts, check_flow
@@ -85,8 +85,9 @@ class BatchedTempering:
 
     An iteration is n_dynamics_steps of Langevin dynamics, a move with the flow at each temperature, if there is one,
     and an exchange of temperatures between walkers. Each of the three leaves the joint Boltzmann distribution of all
-    walkers as it is, so a poor flow costs time and nothing else. Walkers that accept a proposal of the flow get fresh
-    velocities; where the flow cannot represent a walker, that one stays, and is counted.
+    walkers as it is, so a poor flow costs time and nothing else. Walkers that accept a proposal of the flow keep
+    their velocities as far as they can (`BatchedLangevin.moved`); where the flow cannot represent a walker, that one
+    stays, and is counted.
 
     Args:
         molecule: what to simulate; its constraints are kept.
@@ -142,7 +143,7 @@ class BatchedTempering:
         if flow is not None:
             check_flow(flow, _facts(molecule))
         dynamics = {
-            "timestep_fs": float(timestep_fs or (2.0 if molecule.constraints else 1.0)),
+            "timestep_fs": default_timestep_fs(molecule) if timestep_fs is None else float(timestep_fs),
             "friction_per_ps": float(friction_per_ps),
         }
         self._dynamics = BatchedLangevin(molecule.system, self._energy, device=self._device, **dynamics)

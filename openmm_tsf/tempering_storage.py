@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .flow_steps import COUNTS
-from .records import ExchangeRecord
+from .records import ExchangeRecord, RoundTrips
 from .storage import read_npz, write_npz
 from .tempering import BatchedTempering, IterationInfo, TemperingState
 
@@ -209,26 +209,19 @@ class _Watch:
     def __init__(
         self, tempering: BatchedTempering, segments: list[dict[str, np.ndarray]], n_iterations: int, tell: Progress
     ) -> None:
-        self._top, self._n, self._tell = len(tempering.temperatures) - 1, n_iterations, tell
-        self._upward = np.zeros(tempering.n_walkers, dtype=np.int8)  # 1 on the way up, -1 on the way down
-        self._trips, self._swaps, self._moves, self._told = 0, np.zeros(2), np.zeros(len(COUNTS)), -1.0
+        self._n, self._tell, self._told = n_iterations, tell, -1.0
+        self._trips = RoundTrips(len(tempering.temperatures), tempering.n_walkers)
+        self._swaps, self._moves = np.zeros(2), np.zeros(len(COUNTS))
         for segment in segments:
-            for levels in segment["levels"]:
-                self._follow(levels)
+            self._trips.follow(segment["levels"])
             self._count(*(segment[name] for name in TOTALS))
 
     def see(self, done: int, info: IterationInfo) -> None:
-        self._follow(info.levels)
+        self._trips.follow(info.levels[None])
         self._count(*(getattr(info, name) for name in TOTALS))
         if done == self._n or time.monotonic() - self._told > 1.0:
             self._told = time.monotonic()
             self._tell(done, self._n, self._message())
-
-    def _follow(self, levels: np.ndarray) -> None:
-        bottom, top = levels == 0, levels == self._top
-        self._trips += int((bottom & (self._upward == -1)).sum())
-        self._upward[bottom] = 1
-        self._upward[top & (self._upward == 1)] = -1
 
     def _count(self, proposed: np.ndarray, accepted: np.ndarray, moves: np.ndarray) -> None:
         self._swaps += [accepted.sum(), proposed.sum()]
@@ -240,7 +233,7 @@ class _Watch:
         accepted = sum(counts[name] for name in COUNTS if name.endswith("_accepted"))
         swaps = f"{100 * self._swaps[0] / max(1, self._swaps[1]):.0f} % of swaps"
         flow = f" and {100 * accepted / proposed:.0f} % of proposals" if proposed else ""
-        return f"{swaps}{flow} accepted, {self._trips} round trips"
+        return f"{swaps}{flow} accepted, {self._trips.counts.sum()} round trips"
 
 
 def _path(directory: Path, first: int) -> Path:

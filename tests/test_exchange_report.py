@@ -1,6 +1,5 @@
 """Report of an exchange: its figures are those of a system with known answers, and weak ones are called so."""
 
-import itertools
 import json
 import math
 import subprocess
@@ -12,11 +11,13 @@ import mdtraj
 import numpy as np
 import pytest
 import torch
+from pictures import misplaced, words
 from poses import pose
-from test_plotting import words
 from test_report import Checker
 
-from openmm_tsf import canvas, exchange_facts, exchange_page, exchange_plots, exchange_report, plotting
+from openmm_tsf import canvas, exchange_facts, exchange_page, exchange_plots, exchange_report, multistate, plotting
+from openmm_tsf.flow_steps import STEPS
+from openmm_tsf.mbar import Samples
 from openmm_tsf.records import ExchangeRecord
 from openmm_tsf.reference import Reference, ReferenceState
 from openmm_tsf.torsions import alpha_left, basins, phi_psi
@@ -248,6 +249,21 @@ def test_short_exchange_has_rough_errors_and_says_so(ala2, tmp_path, every):
     assert "error bars come from 3 blocks" in (tmp_path / "exchange.html").read_text("utf-8")
 
 
+@pytest.mark.parametrize("stored", [(59,), (58, 59)])
+def test_frames_in_one_block_of_time_have_no_error_bars_and_the_page_says_so(ala2, tmp_path, stored):
+    record = exchange_of(ala2, n=60)
+    few = replace(record, positions=record.positions[list(stored)], position_iterations=np.array(stored))
+    found = exchange_report.write_exchange_report(tmp_path, few, renamed(ala2)[0], None, None)
+    assert found["mean_energy_exchange_error_kj_per_mol"] > 0.0
+    assert found["alpha_left_exchange"] is not None
+    assert found["alpha_left_exchange_error"] is found["alpha_right_exchange_error"] is None
+    assert (tmp_path / "ramachandran_exchange.png").exists()
+    said = "".join(Checker((tmp_path / "exchange.html").read_text("utf-8")).words)
+    assert "The shares of the basins have no error bars" in said
+    assert "too little alpha_L" not in said
+    assert "nan" not in said
+
+
 def test_untrained_flow_is_left_out_with_a_reason(ala2, tmp_path):
     record, flow = exchange_of(ala2, n=60), UniformFlow(ala2, share_valid=1e-5)
     found = exchange_report.write_exchange_report(
@@ -301,6 +317,8 @@ def test_basin_without_a_frame_is_not_called_a_deviation(ala2, tmp_path, monkeyp
         ({"n_effective_1": 20.0}, "420 K has 20 effective samples only"),
         ({"ess_flow": 0.05}, "effective sample size at 300 K is 5\u00a0%"),
         ({"alpha_left_flow_difference": -5.0}, "alpha_L share by the flow lies 5.0 standard errors"),
+        ({"alpha_left_exchange": 0.0, "alpha_left_exchange_error": 0.0}, "too little alpha_L"),
+        ({"alpha_left_exchange_error": None}, "all stored frames lie in one of the blocks"),
         ({"alpha_left_exchange": 0.02, "alpha_left_exchange_error": 0.01}, "known to 50\u00a0% of itself"),
     ],
 )
@@ -359,7 +377,7 @@ def test_bars_matrix_and_paths_show_the_record():
     proposed, accepted = [[0, 10, 0], [10, 0, 0], [0, 0, 0]], [[0, 4, 0], [4, 0, 0], [0, 0, 0]]
     path = [0, 1, 2, 1, 0, 0, 1, 2, 2, 1, 0]
     record = small_record(np.stack([path, [2] * 11], 1), counts=counts, proposed=proposed, accepted=accepted)
-    shares = exchange_plots.move_acceptance(record)
+    shares = multistate.move_acceptance(record)
     assert list(shares) == ["independence"]
     np.testing.assert_array_equal(shares["independence"], [0.5, math.nan, 0.25])
     figure = exchange_plots.exchange_figure(record, note=canvas.small_print(3))
@@ -379,9 +397,7 @@ def test_bars_matrix_and_paths_show_the_record():
     assert "14 flow proposals, 10 swaps tried" in foot[0].replace("\n", " ")
 
 
-@pytest.mark.parametrize(
-    ("k", "kinds"), [(2, ("latent",)), (5, ()), *((k, exchange_plots.KINDS) for k in (2, 5, 9, 16))]
-)
+@pytest.mark.parametrize(("k", "kinds"), [(2, ("latent",)), (5, ()), *((k, STEPS) for k in (2, 5, 9, 16))])
 def test_labels_neither_overlap_nor_leave_the_page(k, kinds):
     rng = np.random.default_rng(k)
     counts = {f"{kind}_{what}": n for kind in kinds for what, n in (("proposed", 1000), ("accepted", 987))}
@@ -391,28 +407,6 @@ def test_labels_neither_overlap_nor_leave_the_page(k, kinds):
     figure = exchange_plots.exchange_figure(record, note=canvas.small_print(1))
     assert misplaced(figure) == []
     assert "last 300 of 1\u2009200 iterations" in figure.axes[-1].get_title(loc="left")
-
-
-def misplaced(figure) -> list[str]:
-    """Texts that overlap another or leave the page: titles, labels, ticks, legends and the small print."""
-    canvas.png(figure, dpi=100)  # lays it out
-    page, texts = figure.bbox, list(figure.texts)
-    assert len(texts) == 1
-    for axes in figure.axes:
-        texts += [axes.get_xaxis().label, axes.get_yaxis().label, *axes.texts]
-        texts += [part for part in axes.get_children() if isinstance(part, type(texts[0]))]  # titles
-        texts += [] if axes.get_legend() is None else axes.get_legend().get_texts()
-        for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-            for where, label in zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=False):
-                texts += [label] if min(limits) - 1e-9 <= where <= max(limits) + 1e-9 else []
-    shown = {id(text): text for text in texts if text.get_visible() and text.get_text().strip()}
-    boxes = [(text.get_text(), text.get_window_extent()) for text in shown.values()]
-    assert len(boxes) > 10
-    found = [label for label, box in boxes if min(box.x0, box.y0) < -1 or box.x1 > page.x1 + 1 or box.y1 > page.y1 + 1]
-    for (first, a), (second, b) in itertools.combinations(boxes, 2):
-        if min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1:
-            found.append(f"{first!r} overlaps {second!r}")
-    return found
 
 
 def test_misplaced_labels_are_found():
@@ -445,11 +439,21 @@ def test_observables_show_values_and_their_differences(names):
     assert misplaced(figure) == []
 
 
+def test_observables_without_error_bars_leave_a_panel_that_says_so():
+    figure = exchange_plots.observables_exchange(rows(3, heat_capacity_error=math.nan), note=canvas.small_print(1))
+    said = [[text.get_text() for text in axes.texts] for axes in figure.axes[:2]]
+    assert said == [[], ["no value with an error bar"]]
+    assert misplaced(figure) == []
+
+
 def test_maps_of_the_exchange_are_weighed_and_count_what_they_are_worth(ala2):
     record = exchange_of(ala2, n=300)
     angles = phi_psi(record.positions.reshape(-1, 22, 3), ala2)
     panel = exchange_plots.exchange_series(record, 300.0, *angles, n_discard=30, n_effective=270.0)
     assert (panel.n, panel.ess) == (270 * 6, pytest.approx(1 / 6))
+    same = exchange_plots.exchange_series(record, 300.0, *angles, n_effective=270.0, samples=Samples.of(record, 30, 4))
+    assert (same.n, same.ess) == (panel.n, panel.ess)
+    np.testing.assert_array_equal(same.ramachandran, panel.ramachandran)
     left = panel.ramachandran[32:57].sum()  # phi from 0 to 140.6 degrees
     assert abs(left - exact(300.0)["alpha_left"]) < 0.02
     assert alpha_left(angles[0]).mean() > left + 0.02  # unweighted frames have that of higher temperatures too

@@ -16,7 +16,7 @@ from openmm import unit
 
 import openmm_tsf as tsf
 from openmm_tsf.exchange import FlowMove, acceptance, read_exchange, to_mdtraj
-from openmm_tsf.exchange.netcdf import _flow_moves
+from openmm_tsf.exchange.netcdf import _flow_moves, open_run
 from openmm_tsf.flow_steps import COUNTS
 from openmm_tsf.units import kT
 
@@ -270,6 +270,14 @@ def test_other_files_are_refused(copy, tmp_path):
     text.write_text("hello")
     with pytest.raises(ValueError, match="is no NetCDF file"):
         read_exchange(text)
+
+
+@pytest.mark.parametrize("kind", [OSError, RuntimeError, KeyError, IndexError, AttributeError])
+def test_errors_of_the_caller_are_not_those_of_the_file(copy, kind):
+    with pytest.raises(kind, match="my own"), open_run(copy):
+        raise kind("my own")
+    with pytest.raises(ValueError, match="cut short or damaged"), open_run(copy) as stored:
+        stored.array("no such variable")
 
 
 def test_without_its_checkpoint_file_only_frames_are_missing(copy, ala2):

@@ -10,7 +10,8 @@ import pytest
 from scipy.special import ndtr
 
 from openmm_tsf import multistate, torsions
-from openmm_tsf.records import ExchangeRecord
+from openmm_tsf.mbar import Samples
+from openmm_tsf.records import ExchangeRecord, RoundTrips
 from openmm_tsf.units import BOLTZMANN, kT
 
 TEMPERATURES = np.array([300.0, 378.0, 476.0, 600.0])
@@ -171,6 +172,29 @@ def test_a_basin_that_nothing_is_in_has_no_free_energy():
     assert row["beta"] == pytest.approx(1.0) and row["beta_free_energy"] == pytest.approx(0.0)
 
 
+def test_samples_made_once_are_solved_once_and_give_the_same(monkeypatch):
+    record, phi, psi = exchange(seed=9, n=100)
+    calls = []
+    solve = Samples.solve
+    monkeypatch.setattr(Samples, "solve", lambda *arguments: calls.append(1) or solve(*arguments))
+    settings = {"n_discard": 20, "n_blocks": 5}
+    samples = Samples.of(record, **settings)
+
+    def everything(free, rest):
+        weights = multistate.frame_weights(record, 400.0, **rest)
+        picture = multistate.ramachandran(record, 400.0, phi, psi, **rest)
+        rows = multistate.observables(record, [300.0, 400.0], phi, psi, **free)
+        return multistate.free_energies(record, **free), weights, picture, rows
+
+    once = everything({"samples": samples}, {"samples": samples})
+    assert len(calls) == 6
+    anew = everything(settings, {"n_discard": 20})
+    assert len(calls) == 6 + 14
+    for first, second in zip(once[0], anew[0], strict=True):
+        assert np.array_equal(first, second)
+    assert np.array_equal(once[1], anew[1]) and np.array_equal(once[2], anew[2]) and once[3] == anew[3]
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +213,17 @@ def test_errors_are_calibrated_and_those_without_time_are_not():
     # Student's t of 20 blocks that are a little short: 1.1 (1.09 to 1.13 in 120 records); 24 records scatter by 0.16
     assert (np.abs(rms - 1.1) < 0.5).all(), rms
     assert np.sqrt(np.mean(np.square(scrambled))) > 1.6  # twice the error is expected
+
+
+@pytest.mark.parametrize(("iterations", "known"), [((99,), False), ((96, 97, 99), False), ((50, 99), True)])
+def test_frames_in_one_block_have_shares_without_errors(iterations, known):
+    record, phi, psi = exchange(seed=10, n=100, store_every=1)
+    rows = [4 * i + r for i in iterations for r in range(4)]
+    record = replace(record, positions=record.positions[list(iterations)], position_iterations=np.array(iterations))
+    row = multistate.observables(record, [400.0], phi[rows], psi[rows])[0]
+    assert row["alpha_left"] + row["alpha_right"] + row["beta"] == pytest.approx(1.0)
+    assert math.isfinite(row["beta_error"]) == math.isfinite(row["beta_free_energy_error"]) == known
+    assert row["mean_energy_error"] > 0.0
 
 
 def test_statistical_inefficiency_of_a_known_process():
@@ -229,6 +264,21 @@ def test_round_trips_go_up_and_down_again():
     assert multistate.round_trips(record).tolist() == [2, 0, 0, 1, 0]
 
 
+def test_round_trips_are_counted_as_the_levels_come_in():
+    levels = np.random.default_rng(3).integers(3, size=(200, 7))
+    whole, parts = RoundTrips(3, 7), RoundTrips(3, 7)
+    whole.follow(levels)
+    seen = 0
+    for begin, end in ((0, 1), (1, 2), (2, 2), (2, 90), (90, 91), (91, 200)):
+        parts.follow(levels[begin:end])
+        assert (parts.counts >= seen).all()
+        seen = parts.counts
+    assert np.array_equal(parts.counts, whole.counts) and whole.counts.min() > 10
+    one = RoundTrips(1, 2)  # the bottom is the top
+    one.follow(np.zeros((9, 2), dtype=int))
+    assert one.counts.tolist() == [0, 0]
+
+
 def test_replica_paths_are_levels_of_some_replicas():
     record = walk([[replica % 4] * 3 for replica in range(20)])
     assert multistate.replica_paths(record, 2).tolist() == [[0, 3]] * 3
@@ -260,6 +310,8 @@ def test_what_cannot_be_answered_is_refused():
         multistate.free_energies(record, n_discard=30)
     with pytest.raises(ValueError, match="none of the 20 stored frames is left"):
         multistate.frame_weights(record, 300.0, n_discard=39)
+    with pytest.raises(ValueError, match="none of the 20 stored frames is left"):
+        multistate.observables(record, [300.0], phi, psi, n_discard=39, n_blocks=1)
     broken = record.energies.copy()
     broken[7, 2] = math.inf
     with pytest.raises(ValueError, match=r"1 of 160 energies are not finite \(first: iteration 7\)"):

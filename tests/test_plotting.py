@@ -1,6 +1,5 @@
 """Figures: what they show is what was measured, labels are there and do not overlap, nothing global is touched."""
 
-import itertools
 import math
 import subprocess
 import sys
@@ -8,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from pictures import misplaced, words
 from poses import posed_ensemble
 
 from openmm_tsf import plotting, series
@@ -73,13 +73,6 @@ def drawn(ensembles):
     )
 
 
-def words(figure) -> list[str]:
-    import matplotlib.text
-
-    found = [text for text in figure.findobj(matplotlib.text.Text) if text.get_visible() and text.get_text().strip()]
-    return [text.get_text() for text in found]
-
-
 def test_every_figure_is_drawn(drawn):
     assert set(drawn) == {"ramachandran", "phi", "energies", "training", "observables"}
 
@@ -90,23 +83,6 @@ def test_small_print_names_seed_and_versions(drawn, name):
     assert len(foot) == 1
     assert f"torch {torch.__version__}" in foot[0]
     assert "openmm-tsf" in foot[0]
-
-
-def misplaced(figure) -> list[str]:
-    """Texts in the axes that overlap another or leave the page."""
-    import matplotlib.text
-
-    plotting.png(figure, dpi=100)  # lays it out
-    page, boxes = figure.bbox, []
-    for text in figure.findobj(matplotlib.text.Text):
-        if text.get_visible() and text.get_text().strip() and text.axes is not None and _shown(text):
-            boxes.append((text.get_text(), text.get_window_extent()))
-    assert len(boxes) > 5
-    found = [label for label, box in boxes if min(box.x0, box.y0) < -1 or box.x1 > page.x1 + 1 or box.y1 > page.y1 + 1]
-    for (first, a), (second, b) in itertools.combinations(boxes, 2):
-        if min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1:
-            found.append(f"{first!r} overlaps {second!r}")
-    return found
 
 
 @pytest.mark.parametrize("name", ["ramachandran", "phi", "energies", "training", "observables"])
@@ -120,13 +96,15 @@ def test_misplaced_labels_are_found():
     assert len(misplaced(figure)) == 1
 
 
-def _shown(text) -> bool:
-    """False for the labels of ticks beyond the limits of an axis, which exist but are not drawn."""
-    x, y = text.get_position()
-    on_x, on_y = text in text.axes.get_xticklabels(), text in text.axes.get_yticklabels()
-    limits = text.axes.viewLim
-    low, high, value = (limits.x0, limits.x1, x) if on_x else (limits.y0, limits.y1, y)
-    return not (on_x or on_y) or min(low, high) - 1e-9 <= value <= max(low, high) + 1e-9
+def test_misplaced_ticks_and_axis_labels_are_found():
+    figure = plotting.training_curves(history(5))
+    first = figure.axes[0]
+    first.set_xticks([20.0, 20.5], ["one tick", "another"])
+    (found,) = misplaced(figure)
+    assert found == "'one tick' overlaps 'another'"
+    first.set_xticks([])
+    first.yaxis.set_label_coords(-0.9, 0.5)
+    assert misplaced(figure) == [first.get_ylabel()]
 
 
 def test_ramachandran_panels_show_the_histograms_on_one_scale(ensembles, drawn):

@@ -137,6 +137,22 @@ class PinnedThreads:
 
 
 @contextmanager
+def on_one_core() -> Iterator[None]:
+    """Keep the calling thread, and the threads of Contexts that are made in the block, on one core.
+
+    For programs that step Contexts of the CPU platform one at a time, with `Threads` 1, as openmmtools does: several
+    times as fast for small molecules. Does nothing where the operating system cannot (only Linux can).
+    """
+    before = _cores()
+    _pin(_current_core())
+    try:
+        yield
+    finally:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, before)
+
+
+@contextmanager
 def _no_interrupt() -> Iterator[None]:
     """Put off Ctrl-C until the end of the block; threads that start in it never get it."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows

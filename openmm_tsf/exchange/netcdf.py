@@ -48,12 +48,14 @@ class StoredRun:
     @property
     def last(self) -> int:
         """The last iteration that was stored whole."""
-        return int(self.analysis.variables["last_iteration"][0])
+        with _reading(self.path):
+            return int(self.analysis.variables["last_iteration"][0])
 
     @property
     def n_states(self) -> int:
         """Number of thermodynamic states."""
-        return len(self.analysis.groups["thermodynamic_states"].variables)
+        with _reading(self.path):
+            return len(self.analysis.groups["thermodynamic_states"].variables)
 
     @property
     def states(self) -> np.ndarray:
@@ -62,13 +64,15 @@ class StoredRun:
 
     def array(self, name: str) -> np.ndarray:
         """A variable of the analysis file, from iteration 0 to the last one stored whole."""
-        return np.asarray(self.analysis.variables[name][: self.last + 1])
+        with _reading(self.path):
+            return np.asarray(self.analysis.variables[name][: self.last + 1])
 
     def temperatures(self) -> np.ndarray:
         """(K,) [K], in the order of the states."""
-        return np.array(
-            [_temperature(self._text("thermodynamic_states/state", index)) for index in range(self.n_states)]
-        )
+        with _reading(self.path):
+            return np.array(
+                [_temperature(self._text("thermodynamic_states/state", index)) for index in range(self.n_states)]
+            )
 
     def flow_moves(self, state: int) -> list[Mapping[str, Any]]:
         """The FlowMoves of one state as they were stored; the flow's checkpoint is not needed."""
@@ -76,7 +80,8 @@ class StoredRun:
 
     def is_periodic(self) -> bool:
         """Whether the System has periodic boundaries; frames have box vectors in any case."""
-        return bool(self.reporter.read_end_thermodynamic_states()[0].is_periodic)
+        with _reading(self.path):
+            return bool(self.reporter.read_end_thermodynamic_states()[0].is_periodic)
 
     def frames(self, n_atoms: int | None) -> Frames:
         """Stored frames after iteration 0, of so many atoms, or of as many as there are.
@@ -105,16 +110,18 @@ class StoredRun:
     @property
     def interval(self) -> int:
         """Iterations between whole frames."""
-        return int(self.analysis.CheckpointInterval)
+        with _reading(self.path):
+            return int(self.analysis.CheckpointInterval)
 
     def _frames(self, data: Any, interval: int) -> Frames | None:
         if data is None or "positions" not in data.variables:
             return None
         rows = slice(None, self.last // interval + 1)
-        positions = data.variables["positions"][rows]
+        with _reading(self.path):
+            positions = data.variables["positions"][rows]
+            boxes = data.variables["box_vectors"][rows] if "box_vectors" in data.variables else None
         iterations = interval * np.arange(len(positions))
         there = ~np.ma.getmaskarray(positions).any(axis=(1, 2, 3)) & (iterations > 0)
-        boxes = data.variables["box_vectors"][rows] if "box_vectors" in data.variables else None
         return Frames(
             iterations[there],
             np.asarray(positions[there], dtype=np.float32),
@@ -122,12 +129,15 @@ class StoredRun:
         )
 
     def _text(self, prefix: str, index: int) -> Mapping[str, Any]:
-        return self.reporter.read_dict(f"{prefix}{index}")
+        with _reading(self.path):
+            return self.reporter.read_dict(f"{prefix}{index}")
 
 
 @contextmanager
 def open_run(storage: Any) -> Iterator[StoredRun]:
-    """Both files of a run, open for reading; anything that goes wrong while they are read says what to do.
+    """Both files of a run, open for reading; where they cannot be read, the error says what to do.
+
+    Only reading is guarded, here and in the methods of `StoredRun`: what the caller does raises its own errors.
 
     Args:
         storage: path of the analysis file, or a `MultiStateReporter`, which stays open if it is.
@@ -139,26 +149,28 @@ def open_run(storage: Any) -> Iterator[StoredRun]:
     path, checkpoint = _paths(storage)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {path}; give the path that the sampler was created with")
-    try:
-        with _datasets(path, checkpoint) as (analysis, other):
+    with ExitStack() as stack:
+        with _reading(path):
+            analysis, other = stack.enter_context(_datasets(path, checkpoint))
             if getattr(analysis, "DataUsedFor", None) != "analysis":
-                raise _Foreign
-            with _reader(path, analysis) as reporter:
-                yield StoredRun(path, analysis, other, reporter)
-    except _Foreign:
-        raise ValueError(
-            f"{path} is not the main file of an openmmtools multistate run (is it the checkpoint file?); give the path "
-            "that the sampler was created with"
-        ) from None
+                raise ValueError(
+                    f"{path} is not the main file of an openmmtools multistate run (is it the checkpoint file?); give "
+                    "the path that the sampler was created with"
+                )
+            reporter = stack.enter_context(_reader(path, analysis))
+        yield StoredRun(path, analysis, other, reporter)
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """What reading a spoilt file raises becomes a ValueError that says what to do."""
+    try:
+        yield
     except (OSError, RuntimeError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(
             f"{path} or its checkpoint file cannot be read ({error}): it is cut short or damaged, or is no NetCDF "
             "file. If a run is writing it just now, try again; otherwise take a copy made before, or start anew"
         ) from error
-
-
-class _Foreign(Exception):
-    """A NetCDF file of something else."""
 
 
 @contextmanager

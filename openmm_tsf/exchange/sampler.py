@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ import numpy as np
 import openmm
 from openmm import unit
 
-from openmm_tsf.energy.platforms import available_platforms, choose_platform
+from openmm_tsf.energy.platforms import available_platforms, choose_platform, on_one_core
 from openmm_tsf.exchange.move import NM_PER_PS, FlowMove
 from openmm_tsf.exchange.netcdf import open_run
 from openmm_tsf.exchange.quiet import quiet_import
 from openmm_tsf.exchange.velocities import rescaled
+from openmm_tsf.flow_steps import FlowSteps
 from openmm_tsf.systems import Molecule
 from openmm_tsf.units import to_float
 from openmm_tsf.walkers import FEW_ATOMS, minimise, seed_of
@@ -117,13 +118,24 @@ def run_openmmtools(
     sampler.energy_context_cache = cache.ContextCache(platform=platform, platform_properties=properties or None)
     # of where the run is, or one that goes on would draw what it has drawn before
     np.random.seed(seed_of(seed, sampler.iteration))  # noqa: NPY002 - the moves of openmmtools know no other
+    pinned = on_one_core() if platform.getName() == "CPU" else nullcontext()
     try:
-        while sampler.iteration < n_iterations:
-            sampler.extend(min(CHUNK, n_iterations - sampler.iteration))
-            if progress is not None:
-                progress(sampler.iteration, n_iterations, _message(sampler))
+        with pinned:
+            while sampler.iteration < n_iterations:
+                sampler.extend(min(CHUNK, n_iterations - sampler.iteration))
+                if progress is not None:
+                    progress(sampler.iteration, n_iterations, _message(sampler))
     finally:
         reporter.close()  # or opening the file again in this process crashes in HDF5
+
+
+def most_energies(n_dynamics_steps: int, steps: FlowSteps | None) -> int:
+    """Energies, with forces or without, that a replica takes in an iteration of openmmtools, at most.
+
+    Steps of dynamics, the exchange (its energy, and a force for velocities), and of a `FlowMove`: where the replica is,
+    by the batched energy and by the Context; its proposals; two forces for velocities if one was accepted.
+    """
+    return n_dynamics_steps + 2 + (0 if steps is None else steps.n_energies + 3)
 
 
 def _start(molecule: Molecule, states: Any) -> Any:

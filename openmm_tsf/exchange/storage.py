@@ -12,7 +12,7 @@ import mdtraj
 import numpy as np
 
 from openmm_tsf.exchange.netcdf import StoredRun, open_run
-from openmm_tsf.flow_steps import COUNTS, KINDS
+from openmm_tsf.flow_steps import COUNTS, STEPS
 from openmm_tsf.records import ExchangeRecord
 from openmm_tsf.units import kT
 
@@ -116,8 +116,8 @@ def read_exchange(storage: Any) -> ExchangeRecord:
 
 def _rows(state: int, kelvin: float, moves: list[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     total = _total(moves)
-    kinds = {kind for move in moves for kind in (KINDS[:2] if move["kind"] == "mixed" else (move["kind"],))}
-    for kind in (kind for kind in KINDS if kind in kinds):
+    kinds = {kind for move in moves for kind in (STEPS if move["kind"] == "mixed" else (move["kind"],))}
+    for kind in (kind for kind in STEPS if kind in kinds):
         proposed, accepted, nonfinite, off_chart = (
             total[f"{kind}_{what}"] for what in ("proposed", "accepted", "nonfinite", "off_chart")
         )
