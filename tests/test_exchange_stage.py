@@ -150,7 +150,10 @@ def test_settings_may_change_until_something_has_run(tmp_path, sampler):
 @pytest.mark.parametrize("sampler", ["batched", "openmmtools"])
 def test_run_and_go_on(tmp_path, sampler):
     common = {"flow": "ala2", "temperatures": [300.0, 424.0, 600.0], "sampler": sampler, **SMALL}
-    first = run_exchange(tmp_path, make_settings(**common, n_iterations=12), n_draws=200)
+    told = []
+    settings = make_settings(**common, n_iterations=12)
+    first = run_exchange(tmp_path, settings, n_draws=200, progress=lambda *message: told.append(message))
+    assert any("% of proposals" in words and words.endswith("round trips") for _, _, words in told)
     replicas = 6 if sampler == "batched" else 3
     assert (first["n_iterations"], first["n_replicas"]) == (12, replicas)
     assert sum(first[f"independence_proposed_{k}"] for k in range(3)) == 12 * replicas * 4

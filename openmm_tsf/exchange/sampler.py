@@ -18,6 +18,7 @@ from openmm_tsf.exchange.netcdf import open_run
 from openmm_tsf.exchange.quiet import quiet_import
 from openmm_tsf.exchange.velocities import rescaled
 from openmm_tsf.flow_steps import FlowSteps
+from openmm_tsf.records import RoundTrips
 from openmm_tsf.systems import Molecule
 from openmm_tsf.units import to_float
 from openmm_tsf.walkers import FEW_ATOMS, minimise, seed_of
@@ -124,7 +125,7 @@ def run_openmmtools(
             while sampler.iteration < n_iterations:
                 sampler.extend(min(CHUNK, n_iterations - sampler.iteration))
                 if progress is not None:
-                    progress(sampler.iteration, n_iterations, _message(sampler))
+                    progress(sampler.iteration, n_iterations, _message(sampler, reporter))
     finally:
         reporter.close()  # or opening the file again in this process crashes in HDF5
 
@@ -144,11 +145,14 @@ def _start(molecule: Molecule, states: Any) -> Any:
     return states.SamplerState(minimise(context, molecule) * unit.nanometer)
 
 
-def _message(sampler: Any) -> str:
+def _message(sampler: Any, reporter: Any) -> str:
     moves = [move for state_moves in sampler.mcmc_moves for move in _leaves(state_moves)]
     counts = [move.statistics for move in moves if isinstance(move, FlowMove)]
     proposed, accepted = (sum(count[name] for count in counts) for name in ("n_proposed", "n_accepted"))
-    return f"{100 * accepted / proposed:.0f} % of proposals accepted" if proposed else ""
+    trips = RoundTrips(sampler.n_states, sampler.n_replicas)
+    trips.follow(np.asarray(reporter.read_replica_thermodynamic_states())[1:])
+    flow = f"{100 * accepted / proposed:.0f} % of proposals accepted, " if proposed else ""
+    return f"{flow}{trips.counts.sum()} round trips"
 
 
 def _leaves(move: Any) -> list[Any]:
