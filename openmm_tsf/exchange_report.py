@@ -21,6 +21,7 @@ from .ensemble import Ensemble, draw, out_of_reach
 from .exchange_facts import PACKAGES, account, at_lowest, json_safe
 from .exchange_page import render
 from .exchange_plots import exchange_figure, exchange_series, observables_exchange
+from .exchange_settings import FEWEST_ITERATIONS
 from .files import whole, write_text
 from .mbar import Samples
 from .multistate import COLUMNS, N_BLOCKS, free_energies, observables
@@ -40,7 +41,6 @@ STEP_KELVIN, MOST_STEPS = 25.0, 16
 """Spacing of the temperatures that observables are given at, wider where that would make more steps than this."""
 DISCARDED_SHARE = 0.1
 """Share of the iterations that is left out at the beginning unless the caller says how many."""
-FEWEST_ITERATIONS = 4
 
 
 class FlowPart(NamedTuple):

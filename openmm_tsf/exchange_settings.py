@@ -43,7 +43,7 @@ class ExchangeSettings:
         swaps: "neighbours" or "random" pairs, of the batched sampler.
         store_every: iterations between stored frames. They are the checkpoints of openmmtools: after an interruption
             the iterations since the last one are done again. The batched sampler loses none.
-        seed: of everything random.
+        seed: of everything random in the batched sampler; of the moves in openmmtools.
     """
 
     flow: str

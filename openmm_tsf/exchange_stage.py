@@ -27,6 +27,7 @@ from .exchange_settings import (
 )
 from .files import whole, write_text
 from .flow import Flow
+from .flow_steps import STEPS
 from .ladder import flow_ladder, geometric_ladder
 from .records import ExchangeRecord
 from .report import share_with_error
@@ -120,7 +121,9 @@ def run_exchange(
         ValueError: other settings than those of the directory, a damaged file, a ladder or flow that does not fit.
     """
     flow = load_flow(flow_path(settings.flow)).requires_grad_(False)
-    settings = settle(directory, changed_settings(settings, timestep_fs=_timestep_fs(settings, flow)))
+    if settings.timestep_fs is None:
+        settings = replace(settings, timestep_fs=default_timestep_fs(flow.molecule))
+    settings = settle(directory, settings)
     record = (
         _batched(directory, settings, flow, progress)
         if settings.sampler == "batched"
@@ -133,10 +136,6 @@ def run_exchange(
     )
 
 
-def _timestep_fs(settings: ExchangeSettings, flow: Flow) -> float:
-    return default_timestep_fs(flow.molecule) if settings.timestep_fs is None else settings.timestep_fs
-
-
 def summary(found: dict[str, Any]) -> dict[str, str]:
     """The main figures, ready to print: names and values with units."""
     levels = range(found["n_temperatures"])
@@ -147,7 +146,7 @@ def summary(found: dict[str, Any]) -> dict[str, str]:
         "swaps of neighbours": _range([100 * share for share in swaps], "% accepted"),
         "round trips": str(found["round_trips"]),
     }
-    for kind in ("independence", "latent"):
+    for kind in STEPS:
         shares = [
             100 * found[key] for k in levels if (key := f"{kind}_acceptance_{k}") in found and found[key] is not None
         ]
@@ -202,7 +201,7 @@ def _openmmtools(directory: Path, settings: ExchangeSettings, flow: Flow, progre
     try:
         run_openmmtools(
             flow.molecule, np.array(settings.temperatures), directory / STORAGE, settings.n_iterations, move=move,
-            n_dynamics_steps=settings.n_dynamics_steps, timestep_fs=_timestep_fs(settings, flow),
+            n_dynamics_steps=settings.n_dynamics_steps, timestep_fs=settings.timestep_fs,
             friction_per_ps=settings.friction_per_ps, store_every=settings.store_every, seed=settings.seed,
             progress=progress,
         )  # fmt: skip

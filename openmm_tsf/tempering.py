@@ -22,7 +22,7 @@ from openmm_tsf import batched_walkers
 from openmm_tsf.dynamics import default_timestep_fs, molecule_digest
 from openmm_tsf.energy import BatchedEnergy
 from openmm_tsf.energy.platforms import choose_platform
-from openmm_tsf.exchange.contexts import SystemFacts, check_flow
+from openmm_tsf.exchange.contexts import check_flow, read_facts
 from openmm_tsf.flow import Flow
 from openmm_tsf.flow_batches import prepare
 from openmm_tsf.flow_steps import COUNTS, FlowSteps, PlacedFlow
@@ -141,7 +141,7 @@ class BatchedTempering:
         if self._energy.compile is None:
             self._energy.compile = self._energy.pays_off(MANY_ITERATIONS * self.n_walkers * n_dynamics_steps)
         if flow is not None:
-            check_flow(flow, _facts(molecule))
+            check_flow(flow, read_facts(molecule.system))
         dynamics = {
             "timestep_fs": default_timestep_fs(molecule) if timestep_fs is None else float(timestep_fs),
             "friction_per_ps": float(friction_per_ps),
@@ -267,11 +267,6 @@ def flow_digest(flow: Flow) -> str:
     for name, tensor in sorted(flow.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _facts(molecule: Molecule) -> SystemFacts:
-    digest = hashlib.sha256(openmm.XmlSerializer.serialize(molecule.system).encode()).hexdigest()
-    return SystemFacts(molecule.system, digest, torch.tensor(np.array(molecule.masses)), ())
 
 
 def _generator(place: torch.device, values: Tensor) -> torch.Generator:

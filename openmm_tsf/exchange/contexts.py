@@ -37,7 +37,7 @@ SAME_LENGTH = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class SystemFacts:
-    """The System of a Context without thermostats.
+    """A System without thermostats.
 
     Args:
         system: a copy.
@@ -60,15 +60,20 @@ _CHECKED: weakref.WeakKeyDictionary[Flow, set[str]] = weakref.WeakKeyDictionary(
 def facts_of(context: openmm.Context) -> SystemFacts:
     """The facts of a Context's System, read once."""
     if context not in _FACTS:
-        system = openmm.XmlSerializer.clone(context.getSystem())
-        for index in reversed(range(system.getNumForces())):
-            if FORBIDDEN_FORCES.get(type(system.getForce(index)).__name__) == "thermostat":
-                system.removeForce(index)
-        digest = hashlib.sha256(openmm.XmlSerializer.serialize(system).encode()).hexdigest()
-        masses = [system.getParticleMass(i).value_in_unit(unit.dalton) for i in range(system.getNumParticles())]
-        names = tuple(sorted(global_parameters(system)))
-        _FACTS[context] = SystemFacts(system, digest, torch.tensor(masses, dtype=torch.float64), names)
+        _FACTS[context] = read_facts(context.getSystem())
     return _FACTS[context]
+
+
+def read_facts(system: openmm.System) -> SystemFacts:
+    """The facts of a System, of which a copy is kept."""
+    system = openmm.XmlSerializer.clone(system)
+    for index in reversed(range(system.getNumForces())):
+        if FORBIDDEN_FORCES.get(type(system.getForce(index)).__name__) == "thermostat":
+            system.removeForce(index)
+    digest = hashlib.sha256(openmm.XmlSerializer.serialize(system).encode()).hexdigest()
+    masses = [system.getParticleMass(i).value_in_unit(unit.dalton) for i in range(system.getNumParticles())]
+    names = tuple(sorted(global_parameters(system)))
+    return SystemFacts(system, digest, torch.tensor(masses, dtype=torch.float64), names)
 
 
 def energy_of(context: openmm.Context, positions: np.ndarray) -> Energy:

@@ -18,7 +18,7 @@ from openmm_tsf.exchange.contexts import check_flow, facts_of, walkers_of
 from openmm_tsf.exchange.flows import flow_of, use_flow
 from openmm_tsf.exchange.velocities import carried
 from openmm_tsf.flow import Flow
-from openmm_tsf.flow_steps import COUNTS, FlowSteps, PlacedFlow
+from openmm_tsf.flow_steps import COUNTS, STEPS, FlowSteps, PlacedFlow
 from openmm_tsf.metropolis import Target
 from openmm_tsf.units import kT, to_float, to_kelvin
 
@@ -168,7 +168,7 @@ class FlowMove:
             now[name] += number
         now["n_applied"] += 1
         for what in ("proposed", "accepted"):
-            now[f"n_{what}"] = sum(now[f"{kind}_{what}"] for kind in ("independence", "latent"))
+            now[f"n_{what}"] = sum(now[f"{kind}_{what}"] for kind in STEPS)
         tried = counts["latent_proposed"]
         if now["n_applied"] <= self.n_adapt and tried > 0:
             # a stochastic approximation (Robbins and Monro), whose steps shrink

@@ -53,7 +53,7 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         super().simulateReplica(index, steps)
         context, state = self.simulation.context, self.replicaStateIndex[index]
         here = self.replicaConformation[index].getPositions(asNumpy=True).value_in_unit(unit.nanometer)
-        temperature = self.states[state].get("temperature", None)
+        temperature = self.states[state].get("temperature")
         if temperature is None:
             temperature = self.simulation.integrator.getTemperature()
         generator = torch.Generator().manual_seed(seed_from_numpy(2**63 - 1))
@@ -70,11 +70,7 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         velocities = carried(
             context, np.array(velocities), np.array(here), moved, to_kelvin(temperature), seed_from_numpy(2**31 - 1)
         )
-        context.setPositions(moved)
-        context.setVelocities(velocities)
-        self.replicaConformation[index] = context.getState(
-            positions=True, velocities=True, parameters=True, integratorParameters=True
-        )
+        self._put(index, moved, velocities)
 
     def _prepare(self, index: int) -> None:
         """Make up for OpenMM's scaling of velocities by s = sqrt(T'/T), which scales the half kick too.
@@ -93,6 +89,11 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         positions = np.array(here.getPositions(asNumpy=True).value_in_unit(unit.nanometer))
         self._sampler.applyState(self.replicaStateIndex[index])
         velocities = rescaled(context, velocities, positions, scale) / scale
+        self._put(index, positions, velocities)
+
+    def _put(self, index: int, positions: np.ndarray, velocities: np.ndarray) -> None:
+        """Positions [nm] and velocities [nm/ps] (A, 3) into the Context and the replica."""
+        context = self.simulation.context
         context.setPositions(positions)
         context.setVelocities(velocities)
         self.replicaConformation[index] = context.getState(
