@@ -1,4 +1,4 @@
-"""The command line: `openmm-tsf run | simulate | train | sample | exchange | report | info`.
+"""The command line: `openmm-tsf run | simulate | train | sample | refine | exchange | report | info`.
 
 Nothing heavy is imported before a command runs, so that --help answers at once.
 """
@@ -204,6 +204,40 @@ def sample(
             progress=bar,
         )  # fmt: skip
     table(f"{path} at {temperature:g} K", rows)
+
+
+@app.command(
+    epilog=_examples(
+        "openmm-tsf refine runs/ala2 --temperature 300",
+        "# then draw from what it wrote",
+        "openmm-tsf sample runs/ala2/flow_300K.tsf --temperature 300",
+    )
+)
+@friendly
+def refine(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory with a trained flow.")],
+    temperature: Annotated[float, typer.Option("--temperature", "-T", callback=_kelvin, help="Of the target, K.")],
+    n: Annotated[int | None, typer.Option("-n", min=100, help="Draws of each round; by default 50000.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds at most; by default 6.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps of a round; by default 400.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Largest of a round; by default 0.001.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Make the flow better at one temperature, with energies there; optional.
+
+    Writes flow_300K.tsf and refinement_300K.json beside flow.tsf, which stays
+    as it is. Rounds of drawing, weighing and training go on until the ESS of
+    fresh draws stops rising. A round that loses part of the molecule's
+    conformations is undone. The refined flow steers as exactly as before.
+    """
+    from .console import Bar
+    from .refine_stage import flow_file, refine_stage, settings_of, summary
+
+    with _opened(source, None, None) as opened:
+        settings = settings_of(opened, n=n, rounds=rounds, steps=steps, learning_rate=learning_rate)
+        with Bar("refine") as bar:
+            done = refine_stage(opened, temperature, settings, bar)
+        table(str(flow_file(opened, temperature)), summary(opened, done))
 
 
 @app.command(

@@ -1,0 +1,130 @@
+"""The `refine` command: the flow of a run directory, made better at one temperature, in a file of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from .assembly import open_energy, stage_seed
+from .checkpoint import load_flow, save_flow
+from .files import write_text
+from .refinement import OutOfReach, Refinement, RefinementSettings, refine
+from .rundir import Progress, Run, RunError
+from .stages import train_done
+
+
+def settings_of(
+    run: Run, *, n: int | None, rounds: int | None, steps: int | None, learning_rate: float | None
+) -> RefinementSettings:
+    """What a command line means: None is the default, and batches are those of the run's training.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    default = RefinementSettings()
+    training = replace(
+        run.config.train,
+        steps=_said(steps, default.training.steps),
+        learning_rate=_said(learning_rate, default.training.learning_rate),
+        ramp_start=default.training.ramp_start,
+        ramp_end=default.training.ramp_end,
+        evaluate_every=min(run.config.train.evaluate_every, default.training.evaluate_every),
+    )
+    return replace(default, n=_said(n, default.n), rounds=_said(rounds, default.rounds), training=training)
+
+
+def _said(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def refine_stage(
+    run: Run, temperature: float, settings: RefinementSettings, progress: Progress | None = None
+) -> Refinement:
+    """Write flow_<T>K.tsf and refinement_<T>K.json, or read the latter where they are there already.
+
+    Args:
+        run: with a trained flow.
+        temperature: of the target [K].
+        settings: of the refinement; the same ones go on with what was interrupted.
+        progress: told of steps.
+
+    Raises:
+        RunError: there is no trained flow, or the temperature was refined with other settings.
+        OutOfReach, ValueError: see `refine`.
+    """
+    if not train_done(run):
+        raise RunError(f"{run.path} has no trained flow yet: run the train stage first")
+    stage, path, history = _stage(temperature), flow_file(run, temperature), history_file(run, temperature)
+    folder = run.path / f"refine_{temperature:g}K"
+    _check_same(run, stage, settings, [path, folder])
+    if run.is_done(stage, path.name, history.name):
+        return Refinement.from_json(history.read_text("utf-8"))
+    flow = load_flow(run.path / "flow.tsf")
+    n = settings.rounds * (settings.n + settings.training.steps * settings.training.batch_draws)
+    energy = open_energy(flow.molecule, run.config.energy, n)
+    with run.working(stage, progress, lambda: energy.n_evaluations, resumes=folder.exists()) as report:
+        run.update(stage, settings=_facts(run, settings))
+        seed = stage_seed(run.config.seed, stage)
+        try:
+            done = refine(flow, energy, temperature, settings, directory=folder, seed=seed, progress=report)
+        except OutOfReach:
+            shutil.rmtree(folder)  # nothing to go on from
+            raise
+        save_flow(flow, path, extra={"refined_at": temperature, "seed": run.config.seed, "ess_there": done.after.ess})
+        write_text(history, done.to_json())
+    run.update(stage, done=True)
+    shutil.rmtree(folder)
+    return done
+
+
+def _stage(temperature: float) -> str:
+    return f"refine {temperature:g} K"
+
+
+def flow_file(run: Run, temperature: float) -> Path:
+    """Where the refined flow is."""
+    return run.path / f"flow_{temperature:g}K.tsf"
+
+
+def history_file(run: Run, temperature: float) -> Path:
+    """Where it is written what the refinement did."""
+    return run.path / f"refinement_{temperature:g}K.json"
+
+
+def summary(run: Run, done: Refinement) -> dict[str, str]:
+    """The main figures of a refinement, ready to print: names and values with units."""
+    both, kept = (done.before, done.after), sum(r.kept for r in done.rounds[1:])
+    ess = [f"{100 * r.ess:.2f} ± {100 * r.ess_error:.2f} %" for r in both]
+    largest = [f"{100 * r.largest_weight_share:.2g} %" for r in both]
+    seconds = run.record(_stage(done.temperature)).get("seconds", 0.0)
+    return {
+        "effective sample size": f"{ess[0]} before, {ess[1]} after (Kish, unclipped, fresh draws)",
+        "largest weight": f"{largest[0]} of all before, {largest[1]} after",
+        "rounds": f"{kept} kept of {len(done.rounds) - 1}; {done.stopped}",
+        "energies": f"{done.n_energy_evaluations:,} evaluations, besides those of dynamics and training",
+        "time": f"{seconds:.0f} s",
+        "steering": "as exact as before; away from this temperature draw from flow.tsf",
+        "to draw": f"openmm-tsf sample {flow_file(run, done.temperature)} --temperature {done.temperature:g}",
+    }
+
+
+def _facts(run: Run, settings: RefinementSettings) -> dict[str, Any]:
+    """What the result depends on, flat."""
+    flat = asdict(settings)
+    training = flat.pop("training")
+    flow = hashlib.sha256((run.path / "flow.tsf").read_bytes()).hexdigest()[:16]
+    return {**flat, **training, "flow": flow}
+
+
+def _check_same(run: Run, stage: str, settings: RefinementSettings, made: list[Path]) -> None:
+    before, now = run.record(stage).get("settings", {}), _facts(run, settings)
+    there = [path for path in made if path.exists()]
+    other = [f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in now if before.get(key) != now[key]]
+    if before and other and there:
+        raise RunError(
+            f"{stage} was begun with other settings in {run.path}: {'; '.join(other[:3])}; give the same ones, or "
+            f"delete {' and '.join(path.name for path in there)} to begin anew"
+        )
