@@ -23,6 +23,7 @@ _HOMES = {
     "flow": ("Flow", "FlowSettings", "SteeredFlow", "build_flow"),
     "dynamics": ("simulate",),
     "training": ("History", "TrainingSettings", "train"),
+    "refinement": ("RefinementSettings", "refine"),
     "checkpoint": ("CheckpointError", "flow_info", "load_flow", "pretrained", "save_flow"),
     "ensemble": ("Ensemble", "draw"),
     "metropolis": ("Target", "Walkers", "independence_step", "latent_step"),

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .cuts import CutInternals
 from .files import whole
 from .flow import Flow, FlowSettings, assemble_flow
 from .internals import FlatInternals
@@ -43,8 +44,11 @@ def save_flow(flow: Flow, path: str | os.PathLike, *, extra: Mapping[str, Any] |
         The content hash (SHA-256 of tensors and metadata).
 
     Raises:
+        ValueError: a flow of a model system, which has no molecule.
         OSError: the folder cannot be written or is full.
     """
+    if flow.molecule is None:
+        raise ValueError("flows of model systems have no molecule and no file; keep their state_dict() instead")
     tensors = {name: _compact(tensor) for name, tensor in flow.state_dict().items()}
     facts = {
         "molecule": flow.molecule.to_dict(),
@@ -78,12 +82,15 @@ def load_flow(path: str | os.PathLike, *, dtype: torch.dtype = torch.float64) ->
         molecule = Molecule.from_dict(facts["molecule"])
         rows = tuple(ZRow(*row) for row in facts["rows"])
         zmatrix = ZMatrix(tuple(facts["root"]), rows, tuple(molecule.atom_labels))
-        settings = FlowSettings(**facts["settings"])
+        settings = _settings(facts["settings"])
+        internals = FlatInternals(molecule, zmatrix)
         with torch.random.fork_rng(devices=[]):
             flow = assemble_flow(
-                FlatInternals(molecule, zmatrix), molecule, settings, facts["training_temperature"],
+                CutInternals(internals) if settings.on_lines else internals, molecule, settings,
+                facts["training_temperature"],
                 *(_only(tensors, name) for name in (".mean", ".matrix")),
             )  # fmt: skip
+        _check_finite(tensors)
         flow.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())  # torch lists mismatches in lines
@@ -137,6 +144,25 @@ def pretrained_path(name: str) -> Path:
     if name not in there:
         raise ValueError(f"no pretrained flow {name!r}; there are: {', '.join(there) or 'none'}")
     return folder / f"{name}.tsf"
+
+
+def _settings(stored: Mapping[str, Any]) -> FlowSettings:
+    """The architecture that a file tells of; older files know fewer settings.
+
+    Raises:
+        ValueError, TypeError: settings that there are no more, or not yet.
+    """
+    known = {"quartic": False, "harmonics": 2, **stored}
+    if not known.pop("volume_preserving", True):
+        raise ValueError("couplings that change the volume are of kind real-nvp now; train the flow anew")
+    return FlowSettings(**known)
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for numbers that are not finite: draws from such potentials would never end."""
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise ValueError(f"{len(bad)} of its tensors are not finite ({', '.join(bad[:3])})")
 
 
 def _compact(tensor: Tensor) -> Tensor:

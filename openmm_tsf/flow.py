@@ -2,69 +2,48 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .geometry import wrap
+from .architecture import FlowSettings, build_modules
+from .cuts import CutInternals, cut_open
 from .internals import FlatInternals
 from .priors import MolecularPrior, SteeredPrior
+from .proposals import VectorFlow
 from .systems import Molecule
 from .trajectories import Frames
-from .transforms import CircleCoupling, Compose, LineCoupling, Standardise
-from .typing import Mask, Positions, Scalars, Transform, Vectors
-from .units import to_kelvin
+from .typing import Mask, Scalars, Transform, Vectors
+from .units import kT, to_kelvin
+from .vectors import Configurations, LineCoordinates, Samples
 from .zmatrix import ZMatrix, build_zmatrix
 
-
-@dataclass(frozen=True)
-class FlowSettings:
-    """Architecture of a flow. The defaults are meant for alanine dipeptide and its like.
-
-    Attributes:
-        blocks: number of blocks of couplings.
-        hidden, depth: width and number of hidden layers of every conditioner.
-        energy_order: largest harmonic of the torsion potentials.
-        entropy_order: largest harmonic of the entropies; 0 leaves them out.
-        volume_preserving: False gives plain real-NVP couplings, which do not steer; for comparison only.
-    """
-
-    blocks: int = 6
-    hidden: int = 80
-    depth: int = 2
-    energy_order: int = 6
-    entropy_order: int = 4
-    volume_preserving: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("blocks", "hidden", "depth", "energy_order"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"flow setting {name} must be at least 1, not {getattr(self, name)}")
-        if self.entropy_order < 0:
-            raise ValueError(f"flow setting entropy_order must be at least 0, not {self.entropy_order}")
+Coordinates = FlatInternals | CutInternals | LineCoordinates
 
 
 class Flow(nn.Module):
     """A temperature-steerable flow of one molecule: `Flow(prior, transform, internals=..., ...)`, used as `flow.at(T)`.
 
+    Or of a model system of plain vectors, with `LineCoordinates` for internals and no molecule; temperatures then have
+    the unit of the energy.
+
     Args:
         prior: latent density with `at(tau)`, tau = T / training_temperature.
-        transform: latents (batch, D) to internals (batch, D).
+        transform: latents (batch, D + n_momenta) to internals and momenta (batch, D + n_momenta).
         internals: internals to positions, with the chart.
-        molecule: the molecule.
+        molecule: the molecule; None for a model system.
         training_temperature: the temperature [K] that is tau = 1.
         settings: the architecture, kept for checkpoints.
 
-    Steering is exact, q_T(x) = exp(-E(x)/kT)/Z(T), when the Jacobian of `transform` is constant
+    Steering is exact, q_T(x, p) = exp(-E(x, p)/kT)/Z(T), when the Jacobian of `transform` is constant
     (Dibak, Klein, Noe, arXiv 2012.00429, eq. 4).
     """
 
     def __init__(
-        self, prior: MolecularPrior, transform: Transform, *, internals: FlatInternals, molecule: Molecule,
-        training_temperature: float, settings: FlowSettings,
+        self, prior: MolecularPrior, transform: Transform, *, internals: Coordinates,
+        molecule: Molecule | None, training_temperature: float, settings: FlowSettings,
     ) -> None:  # fmt: skip
         super().__init__()
         self.prior, self.transform, self.internals = prior, transform, internals
@@ -72,8 +51,13 @@ class Flow(nn.Module):
         self.training_temperature = to_kelvin(training_temperature)
 
     @property
-    def zmatrix(self) -> ZMatrix:
+    def zmatrix(self) -> ZMatrix | None:
         return self.internals.zmatrix
+
+    @property
+    def n_momenta(self) -> int:
+        """Number of momenta N(0, tau) that come along with the coordinates."""
+        return self.prior.dim - self.internals.dim
 
     @property
     def n_parameters(self) -> int:
@@ -91,10 +75,16 @@ class Flow(nn.Module):
         """
         return SteeredFlow(self, to_kelvin(temperature))
 
+    def kT(self, temperature: Any) -> Any:
+        """Thermal energy of a temperature: [kJ/mol] of one in K, or for a model system the temperature itself."""
+        return temperature if self.molecule is None else kT(temperature)
+
     def __repr__(self) -> str:
+        name, unit = ("vectors", "") if self.molecule is None else (self.molecule.name, " K")
+        momenta = " and as many momenta" if self.n_momenta else ""
         return (
-            f"Flow({self.molecule.name}, {self.internals.dim} degrees of freedom, trained at "
-            f"{self.training_temperature:g} K, {self.n_parameters} parameters)"
+            f"Flow({name}, {self.internals.dim} degrees of freedom{momenta}, trained at "
+            f"{self.training_temperature:g}{unit}, {self.n_parameters} parameters)"
         )
 
 
@@ -102,7 +92,9 @@ class Flow(nn.Module):
 class SteeredFlow:
     """A `Flow` at one temperature [K]: draws positions [nm] and scores any frame [nat].
 
-    log_prob is the density in flat internals, which is the Cartesian one with rigid motions integrated out.
+    log_prob is the density in flat internals, which is the Cartesian one with rigid motions integrated out. With
+    momenta it is ln q(x, p) - ln N(p; 0, tau) for p fresh from the generator: weights are as exact, but the number is
+    not the marginal density of x (`is_marginal`), and on average it is lower.
 
     Attributes:
         explore: share of the draws whose backbone torsions come from a hotter density, see `exploring`.
@@ -129,46 +121,69 @@ class SteeredFlow:
         """The latent density at this temperature."""
         return self.flow.prior.at(self.temperature / self.flow.training_temperature, explore=self.explore)
 
-    def log_prob(self, x: Positions) -> Scalars:
+    @property
+    def vectors(self) -> VectorFlow:
+        """The same density on internals, where they are one to one or not."""
+        flow, prior = self.flow, self.prior
+        circular = torch.arange(flow.prior.dim, device=flow.prior.like.device) >= flow.prior.n_stiff
+        return VectorFlow(prior, flow.transform, tau=prior.tau, n_momenta=flow.n_momenta, circular=circular)
+
+    @property
+    def is_marginal(self) -> bool:
+        """Whether `log_prob` is the density of x alone, the same number every time; not with momenta."""
+        return self.flow.n_momenta == 0
+
+    def log_prob(self, x: Configurations, *, generator: torch.Generator | None = None) -> Scalars:
         """ln q(x) [nat] of positions (batch, atoms, 3) [nm]; -inf off the chart. Rigid motions do not matter.
 
         Raises:
-            ValueError: wrong number of atoms, or positions that are not finite.
+            ValueError: wrong number of atoms, positions that are not finite, or momenta without a generator.
         """
+        q, inside = self._internals(x)
+        log_prob = self.vectors.log_prob(q, generator=generator)
+        return torch.where(inside, log_prob, -torch.inf).to(x.dtype)
+
+    def joint_log_prob(self, x: Configurations, p: Vectors) -> Scalars:
+        """ln q(x, p) [nat] of positions and momenta (batch, n_momenta), the density that steers; -inf off the chart.
+
+        Raises:
+            ValueError: wrong number of atoms or momenta, or positions that are not finite.
+        """
+        if p.shape != (len(x), self.flow.n_momenta):
+            raise ValueError(f"momenta have shape {tuple(p.shape)}; expected {(len(x), self.flow.n_momenta)}")
+        q, inside = self._internals(x)
+        log_prob = self.vectors.joint_log_prob(torch.cat((q, p.to(q)), 1))
+        return torch.where(inside, log_prob, -torch.inf).to(x.dtype)
+
+    def _internals(self, x: Configurations) -> tuple[Vectors, Mask]:
+        """Internals of positions, and which are on the chart."""
         if not torch.isfinite(x).all():
             bad = torch.nonzero(~torch.isfinite(x).flatten(1).all(1))[:, 0]
             raise ValueError(f"{len(bad)} of {len(x)} frames are not finite, the first at index {int(bad[0])}")
         q, _ = self.flow.internals.inverse(x.to(self.flow.dtype))
-        inside = self.flow.internals.chart(q)
-        return torch.where(inside, self.log_prob_internals(q), -torch.inf).to(x.dtype)
+        return q, self.flow.internals.chart(q)
 
-    def log_prob_internals(self, q: Vectors) -> Scalars:
-        """ln q [nat] of internals (batch, D), wherever they are."""
-        z, log_det = self.flow.transform.inverse(q)
-        return self.prior.log_prob(z) + log_det
-
-    def sample_internals(self, n: int, *, generator: torch.Generator) -> tuple[Vectors, Scalars]:
-        """n raw draws of internals (n, D), also off the chart, and their ln q; differentiable."""
-        z, log_prob = self.prior.sample(n, generator=generator)
-        q, log_det = self.flow.transform(z)
-        return q, log_prob - log_det
+    def log_prob_internals(self, q: Vectors, *, generator: torch.Generator | None = None) -> Scalars:
+        """ln q [nat] of internals (batch, D), wherever they are; the generator is for momenta, as in `log_prob`."""
+        return self.vectors.log_prob(q, generator=generator)
 
     @torch.no_grad()
-    def propose(self, n: int, *, generator: torch.Generator) -> tuple[Positions, Scalars, Mask]:
+    def propose(self, n: int, *, generator: torch.Generator) -> tuple[Configurations, Scalars, Mask]:
         """n raw draws: positions (n, atoms, 3) [nm] (NaN off the chart), ln q [nat], and which are on the chart."""
-        q, log_prob = self.sample_internals(n, generator=generator)
-        x, inside = self._placed(q)
+        q, log_prob, _ = self.vectors.propose(n, generator=generator)
+        x, inside = self.placed(q)
         return x, log_prob, inside
 
-    def _placed(self, q: Vectors) -> tuple[Positions, Mask]:
+    def placed(self, q: Vectors) -> tuple[Configurations, Mask]:
         """Positions of internals, NaN off the chart, and which are on it."""
         inside = self.flow.internals.chart(q)
-        x = q.new_full((len(q), self.flow.internals.n_atoms, 3), torch.nan)
-        x[inside] = self.flow.internals(q[inside])[0]
+        placed, _ = self.flow.internals(q[inside])
+        x = q.new_full((len(q), *placed.shape[1:]), torch.nan)
+        x[inside] = placed
         return x, inside
 
     @torch.no_grad()
-    def sample(self, n: int, *, generator: torch.Generator) -> tuple[Positions, Scalars]:
+    def sample(self, n: int, *, generator: torch.Generator) -> tuple[Configurations, Scalars]:
         """n draws on the chart: positions (n, atoms, 3) [nm] and their ln q [nat].
 
         Raises:
@@ -190,42 +205,41 @@ class SteeredFlow:
 
     @property
     def latent_scale(self) -> Tensor:
-        """(D,) widths of a unit step of the latent walk: sqrt(tau) on lines, 1 on circles."""
-        prior = self.prior
-        scale = prior.prior.like.new_ones(prior.prior.dim)
-        scale[: prior.prior.n_stiff] = math.sqrt(prior.tau)
-        return scale
+        """(D + n_momenta,) widths of a unit step of the latent walk: sqrt(tau) on lines, 1 on circles."""
+        return self.vectors.latent_scale
 
     @torch.no_grad()
-    def score(self, x: Positions, *, generator: torch.Generator | None = None) -> Scalars:
-        """`log_prob`, without its gradient; the generator is for flows with momenta."""
-        return self.log_prob(x)
+    def score(self, x: Configurations, *, generator: torch.Generator | None = None) -> Scalars:
+        """`log_prob`, without its gradient."""
+        return self.log_prob(x, generator=generator)
 
     @torch.no_grad()
-    def to_latents(self, x: Positions, *, generator: torch.Generator | None = None) -> tuple[Vectors, Scalars]:
-        """Latents (batch, D) of positions (batch, atoms, 3) [nm], and ln|det| from there, -inf off the chart."""
-        q, _ = self.flow.internals.inverse(x.to(self.flow.dtype))
-        z, log_det = self.flow.transform.inverse(q)
-        return z, torch.where(self.flow.internals.chart(q), -log_det, -torch.inf)
+    def to_latents(self, x: Configurations, *, generator: torch.Generator | None = None) -> tuple[Vectors, Scalars]:
+        """Latents z of positions x (batch, atoms, 3) [nm], and ln|det| from there; see `VectorFlow.to_latents`.
+
+        The second is -inf off the chart.
+        """
+        q, inside = self._internals(x)
+        z, log_volume = self.vectors.to_latents(q, generator=generator)
+        return z, torch.where(inside, log_volume, -torch.inf)
 
     @torch.no_grad()
-    def from_latents(self, z: Vectors) -> tuple[Positions, Scalars, Mask]:
+    def from_latents(self, z: Vectors) -> tuple[Configurations, Scalars, Mask]:
         """Positions [nm] (NaN off the chart) of latents, ln|det| from there, and which are on the chart.
 
         Torsions among the latents are wrapped, stiff ones among the internals are not: beyond their branch is off the
         chart.
         """
-        n_stiff = self.flow.prior.n_stiff
-        q, log_det = self.flow.transform(torch.cat((z[:, :n_stiff], wrap(z[:, n_stiff:])), 1))
-        x, inside = self._placed(q)
-        return x, log_det, inside
+        q, log_volume, _ = self.vectors.from_latents(z)
+        x, inside = self.placed(q)
+        return x, log_volume, inside
 
-    def log_constraint_factor(self, x: Positions, masses: Tensor | None = None) -> Scalars:
+    def log_constraint_factor(self, x: Configurations, masses: Tensor | None = None) -> Scalars:
         """ln det Zc / 2 of positions (batch, atoms, 3), to be added to log weights; zero without constraints."""
         return self.flow.internals.log_constraint_factor(x, masses)
 
     def __repr__(self) -> str:
-        return f"{self.flow!r} at {self.temperature:g} K"
+        return f"{self.flow!r} at {self.temperature:g}{'' if self.flow.molecule is None else ' K'}"
 
 
 def build_flow(
@@ -245,7 +259,42 @@ def build_flow(
     Raises:
         ValueError: frames of another isomer, or fewer than it takes for a covariance.
     """
-    internals = FlatInternals(molecule, zmatrix or build_zmatrix(molecule))
+    settings = settings or FlowSettings()
+    internals: Coordinates = FlatInternals(molecule, zmatrix or build_zmatrix(molecule))
+    if settings.on_lines:
+        q, kept = internals.of_frames(frames.positions)
+        internals = cut_open(internals, q[kept])
+    return _started(internals, molecule, settings, frames, training_temperature, generator)
+
+
+def build_vector_flow(
+    dim: int, samples: Samples, settings: FlowSettings | None = None, *, training_temperature: float | None = None,
+    generator: torch.Generator,
+) -> Flow:  # fmt: skip
+    """An untrained flow of a model system of plain vectors, with the mean and covariance of the samples given.
+
+    It is used and trained like the flow of a molecule; temperatures have the unit of the energy.
+
+    Args:
+        dim: d, number of coordinates.
+        samples: each with its temperature.
+        settings: the architecture.
+        training_temperature: the temperature that is tau = 1; by default the highest of the samples.
+        generator: source of the starting weights.
+
+    Raises:
+        ValueError: samples of another dimension, or fewer than it takes for a covariance.
+    """
+    return _started(
+        LineCoordinates(dim), None, settings or FlowSettings(), samples, training_temperature, generator
+    )  # fmt: skip
+
+
+def _started(
+    internals: Coordinates, molecule: Molecule | None, settings: FlowSettings, frames: Frames | Samples,
+    training_temperature: Any, generator: torch.Generator,
+) -> Flow:  # fmt: skip
+    """A flow whose coordinates on lines have the mean and covariance of the frames."""
     q, kept = internals.of_frames(frames.positions)
     hottest = frames.temperatures.max()
     training_temperature = to_kelvin(hottest if training_temperature is None else training_temperature)
@@ -263,29 +312,16 @@ def build_flow(
     seed = int(torch.randint(2**31, (1,), generator=generator))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return assemble_flow(internals, molecule, settings or FlowSettings(), training_temperature, mean, matrix)
+        return assemble_flow(internals, molecule, settings, training_temperature, mean, matrix)
 
 
 def assemble_flow(
-    internals: FlatInternals, molecule: Molecule, settings: FlowSettings, training_temperature: float, mean: Tensor,
-    matrix: Tensor,
+    internals: Coordinates, molecule: Molecule | None, settings: FlowSettings, training_temperature: float,
+    mean: Tensor, matrix: Tensor,
 ) -> Flow:  # fmt: skip
     """The modules of a flow, with weights from torch's global generator."""
-    n_soft = int(internals.circular.sum())
-    n_stiff = internals.dim - n_soft
     groups = _torsion_groups(internals)
-    prior = MolecularPrior(n_stiff, groups, energy_order=settings.energy_order, entropy_order=settings.entropy_order)
-    size = {"hidden": settings.hidden, "depth": settings.depth}
-    line = {**size, "volume_preserving": settings.volume_preserving}
-    layers: list[nn.Module] = []
-    if n_stiff and n_soft:
-        layers.append(LineCoupling(n_stiff, n_soft, range(n_stiff), **line))  # the stiff ones given the torsions alone
-    for _ in range(settings.blocks):
-        halves = torch.randperm(n_stiff).tensor_split(2) if n_stiff > 1 else ()
-        layers += [LineCoupling(n_stiff, n_soft, half.tolist(), **line) for half in halves]
-        turned = [[i for g in groups[k::2] for i in g] for k in range(2)]
-        layers += [CircleCoupling(n_stiff, n_soft, change, **size) for change in turned if change]
-    transform = Compose([*layers, Standardise(mean, matrix, internals.circular)])
+    prior, transform = build_modules(settings, internals.circular, groups, mean, matrix)
     flow = Flow(
         prior, transform, internals=internals, molecule=molecule, training_temperature=training_temperature,
         settings=settings,
@@ -293,9 +329,11 @@ def assemble_flow(
     return flow.double()
 
 
-def _torsion_groups(internals: FlatInternals) -> list[tuple[int, ...]]:
+def _torsion_groups(internals: Coordinates) -> list[tuple[int, ...]]:
     """Soft torsions by prior factor: phi and psi of a residue together, every other one alone."""
     z = internals.zmatrix
+    if z is None:
+        return []
     first = internals.dim - len(z.rows)
     soft = [row for row, circular in zip(z.rows, internals.circular[first:].tolist(), strict=True) if circular]
     axes = [{z.labels[row.bond], z.labels[row.angle]} for row in soft]

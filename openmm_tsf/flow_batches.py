@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .flow import Flow
 from .flow_steps import PlacedFlow
+from .proposals import join_momenta, part_momenta
 from .typing import Mask, Positions, Scalars, Vectors
 
 Draws = tuple[Float[Tensor, "draws atoms 3"], Float[Tensor, " draws"], Bool[Tensor, " draws"]]
@@ -79,13 +80,18 @@ def prepare(
     """
     steered = [flow.at(temperature).exploring(explore) for temperature in temperatures]
     sizes = [len(x) for x in walkers]
+    taus = torch.tensor(temperatures, dtype=flow.dtype) / flow.training_temperature
     q, _ = flow.internals.inverse(torch.cat(list(walkers)).to(flow.dtype))
-    z, log_det = flow.transform.inverse(q)
+    tau = taus.repeat_interleave(torch.tensor(sizes)).to(q)
+    y, log_momenta = join_momenta(q, flow.n_momenta, tau, generator)
+    z, log_det = flow.transform.inverse(y)
     scores = torch.cat([s.prior.log_prob(part) for s, part in zip(steered, z.split(sizes), strict=True)]) + log_det
-    scores = torch.where(flow.internals.chart(q), scores, -torch.inf)
+    scores = torch.where(flow.internals.chart(q), scores - log_momenta, -torch.inf)
     drawn = [s.prior.sample(n_proposals * n, generator=generator) for s, n in zip(steered, sizes, strict=True)]
-    x, log_det, valid = steered[0].from_latents(torch.cat([z for z, _ in drawn]))
-    log_q = torch.cat([log_p for _, log_p in drawn]) - log_det
+    y, log_det = flow.transform(torch.cat([z for z, _ in drawn]))
+    q, log_momenta = part_momenta(y, flow.n_momenta, tau.repeat_interleave(n_proposals))
+    x, valid = steered[0].placed(q)
+    log_q = torch.cat([log_p for _, log_p in drawn]) - log_det - log_momenta
     onto = torch.cat([part.repeat(n_proposals, 1, 1) for part in walkers])
     x = flow.internals.moved_onto(x, onto)
     many = [n_proposals * n for n in sizes]

@@ -82,14 +82,13 @@ def flow_ladder(flow: Flow, lowest: Any, highest: Any, n: int) -> np.ndarray:
 def mean_energy(flow: Flow, tau: float) -> float:
     """<E> of a flow at temperature tau, both in units of its training temperature; up to a constant.
 
-    From its free energy: ln Z(tau) = (n/2) ln(2 pi tau) + sum_f ln Z_f(tau) over n stiff coordinates and the factors f
-    of the torsions, and <E> = -d ln Z / d(1/tau).
+    From its free energy, <E> = -d ln Z / d(1/tau), without the energy of momenta, where there are some.
     """
     prior, step = copy.deepcopy(flow.prior).double(), 1e-4
     with torch.no_grad():
         # (1/tau)(1 -+ step) on both sides, so that the error is of second order in 1/tau, where ln Z is smooth
-        up, down = (sum(float(f.log_z(tau / (1.0 + s))) for f in prior.factors) for s in (step, -step))
-    return 0.5 * prior.n_stiff * tau - (up - down) * tau / (2.0 * step)
+        up, down = (float(prior.log_z(tau / (1.0 + s))) for s in (step, -step))
+    return -(up - down) * tau / (2.0 * step) - 0.5 * flow.n_momenta * tau
 
 
 def check_ladder(temperatures: Any) -> np.ndarray:

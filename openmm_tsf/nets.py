@@ -7,11 +7,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+HARMONICS = 3
+"""Multiples of angles that conditioners read, by default."""
+
 
 class Conditioner(nn.Module):
     """A perceptron of (numbers, angles) that starts at zero output, so that the layer it drives starts as the identity.
 
-    Angles enter as sines and cosines of themselves and of their doubles, so the output is periodic in them.
+    Angles enter as sines and cosines of their multiples, so the output is periodic in them. The third serves methyl
+    groups, whose threefold barrier is everywhere in a molecule.
 
     Args:
         n_plain: number of plain inputs.
@@ -19,11 +23,15 @@ class Conditioner(nn.Module):
         n_out: number of outputs.
         hidden: width of the hidden layers.
         depth: number of hidden layers.
+        harmonics: multiples of the angles.
     """
 
-    def __init__(self, n_plain: int, n_angles: int, n_out: int, *, hidden: int, depth: int) -> None:
+    def __init__(
+        self, n_plain: int, n_angles: int, n_out: int, *, hidden: int, depth: int, harmonics: int = HARMONICS
+    ) -> None:
         super().__init__()
-        widths = [n_plain + 4 * n_angles, *[hidden] * depth]
+        self.harmonics = harmonics
+        widths = [n_plain + 2 * harmonics * n_angles, *[hidden] * depth]
         layers: list[nn.Module] = []
         for a, b in pairwise(widths):
             layers += [nn.Linear(a, b), nn.SiLU()]
@@ -35,5 +43,8 @@ class Conditioner(nn.Module):
     def forward(self, plain: Tensor, angles: Tensor) -> Tensor:
         """(batch, n_plain) and (batch, n_angles) [rad] to (batch, n_out)."""
         sine, cosine = angles.sin(), angles.cos()
-        double = 2.0 * sine * cosine, cosine * cosine - sine * sine
-        return self.last(self.body(torch.cat((plain, sine, cosine, *double), 1)))
+        features = [plain, sine, cosine]
+        for _ in range(self.harmonics - 1):
+            s, c = features[-2:]
+            features += [s * cosine + c * sine, c * cosine - s * sine]
+        return self.last(self.body(torch.cat(features, 1)))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .flow import Flow
 from .priors import MolecularPrior, TorusFactor
+from .proposals import join_momenta
 from .transforms import LineCoupling
 
 SHRINK = 1e-4
@@ -25,12 +26,14 @@ def pretrain(flow: Flow, q: Tensor, tau: Tensor, *, flatten: float, generator: t
     """Fit the torsions, then the stiff coordinates given them, in place.
 
     Args:
-        flow: an untrained flow.
+        flow: an untrained flow; nothing happens where it has no torsions.
         q: (frames, D) internals.
         tau: (frames,) temperature of each frame over the training temperature.
         flatten: frames for the second fit are picked as if torsions were so many times as hot, to see every basin.
-        generator: of the picks.
+        generator: of the picks, and of momenta.
     """
+    if not flow.prior.n_soft:
+        return
     torsions = q[:, flow.internals.circular].double()
     exact = copy.deepcopy(flow.prior).double()
     fit_torsions(exact, torsions, tau)
@@ -39,6 +42,7 @@ def pretrain(flow: Flow, q: Tensor, tau: Tensor, *, flatten: float, generator: t
     weights = torch.exp(log_weights - log_weights.max())
     total = weights.clamp(max=MOST_OFTEN * float(weights.mean())).cumsum(0)
     picks = torch.rand(STEPS, BATCH, generator=generator, dtype=torch.float64) * total[-1]
+    q, _ = join_momenta(q, flow.n_momenta, tau, generator)
     fit_stiff(flow, q, tau, torch.searchsorted(total, picks).clamp(max=len(total) - 1))
 
 
@@ -56,6 +60,8 @@ def fit_torsions(prior: MolecularPrior, torsions: Tensor, tau: Tensor, *, max_it
 
 def _fit(factor: TorusFactor, angles: Tensor, tau: Tensor, max_iterations: int) -> None:
     coefficients = factor.marginal.coefficients
+    if not coefficients.numel():
+        return
     temperatures, counts = tau.unique(return_counts=True)
     shares = (counts / len(tau)).tolist()
     # the frames enter through their mean features alone
@@ -77,20 +83,26 @@ def _fit(factor: TorusFactor, angles: Tensor, tau: Tensor, max_iterations: int) 
 
 
 def fit_stiff(flow: Flow, q: Tensor, tau: Tensor, rows: Tensor) -> None:
-    """Means and widths of the stiff coordinates given the torsions: the first coupling and the entropies, in place.
+    """Means, widths and shapes of the stiff coordinates given the torsions, in place.
+
+    These are the first coupling, the entropies and the quartic potentials.
 
     Without it, rare basins begin as broad smears of the common one and stay so for long.
 
     Args:
         flow: with a first coupling that reads torsions alone; nothing happens where there is none.
-        q: (frames, D) internals.
+        q: (frames, D) internals, and momenta of flows that have them.
         tau: (frames,) temperature of each frame over the training temperature.
         rows: (steps, batch) frames of each step.
     """
     first, standardise = flow.transform.transforms[0], flow.transform.transforms[-1]
     if not isinstance(first, LineCoupling) or len(first.keep):
         return
-    parameters = [*first.parameters(), *(p for f in flow.prior.factors for p in f.entropy.parameters())]
+    prior = flow.prior
+    parameters = [*first.parameters(), *(p for f in prior.factors for p in f.entropy.parameters())]
+    parameters += [] if prior.stiff is None else prior.stiff.parameters()
+    temperatures, counts = tau.unique(return_counts=True)
+    shares = list(zip(temperatures.tolist(), (counts / len(tau)).tolist(), strict=True))
     optimiser = torch.optim.Adam(parameters, lr=5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, len(rows))
     for batch in rows:
@@ -98,7 +110,8 @@ def fit_stiff(flow: Flow, q: Tensor, tau: Tensor, rows: Tensor) -> None:
         with torch.no_grad():
             z, _ = standardise.inverse(q[batch])
         z, _ = first.inverse(z)
-        flow.prior.stiff_loss(z, tau[batch]).mean().backward()
+        loss = prior.stiff_loss(z, tau[batch]).mean() + sum(share * prior.stiff_log_z(t) for t, share in shares)
+        loss.backward()
         optimiser.step()
         schedule.step()
     optimiser.zero_grad()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .geometry import TWO_PI, wrap
+from .potentials import QuarticPotentials
 from .typing import Scalars, Vectors
 
 GRID = {1: 512, 2: 128}
@@ -140,24 +141,28 @@ class TorusFactor(nn.Module):
 
 
 class MolecularPrior(nn.Module):
-    """Soft torsions in Fourier potentials, stiff coordinates in Gaussians whose width depends on the torsions.
+    """Soft torsions in Fourier potentials, stiff coordinates in quartic ones whose width depends on the torsions.
 
     With latents z = (u, a), u (batch, n) and a (batch, n_soft) [rad], and s(a) = sum_f s_f(a_f):
 
-        E(z) = sum_f e_f(a_f) + |u|^2 exp(-2 s(a)/n) / 2
-        Z(tau) = (2 pi tau)^(n/2) prod_f integral exp(-e_f/tau + s_f)
+        E(z) = sum_f e_f(a_f) + sum_i e_i(u_i exp(-s(a)/n))
+        Z(tau) = prod_i integral exp(-e_i/tau) prod_f integral exp(-e_f/tau + s_f)
 
-    so q_tau = exp(-E/tau)/Z(tau) exactly, and free-energy differences between basins gain the entropies s_f that a
-    Gaussian of constant width cannot carry. How the width is shared out among the coordinates is left to the volume-
+    so q_tau = exp(-E/tau)/Z(tau) exactly, and free-energy differences between basins gain the entropies s_f that
+    coordinates of constant width cannot carry. How the width is shared out among the coordinates is left to the volume-
     preserving couplings that follow.
 
     Args:
         n_stiff: number of stiff coordinates.
         groups: soft columns by factor, each of one or two indices; together 0 ... n_soft - 1.
         energy_order, entropy_order: largest harmonics of e and s; entropy_order 0 leaves the entropies out.
+        anharmonic: False gives every stiff coordinate e_i(v) = v^2/2, a Gaussian.
     """
 
-    def __init__(self, n_stiff: int, groups: Sequence[Sequence[int]], *, energy_order: int, entropy_order: int) -> None:
+    def __init__(
+        self, n_stiff: int, groups: Sequence[Sequence[int]], *, energy_order: int, entropy_order: int,
+        anharmonic: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.groups = tuple(tuple(int(i) for i in group) for group in groups)
         self.n_stiff, self.n_soft = n_stiff, sum(map(len, self.groups))
@@ -165,6 +170,7 @@ class MolecularPrior(nn.Module):
             raise ValueError(f"soft groups {self.groups} must hold each of 0 ... {self.n_soft - 1} once")
         orders = energy_order, entropy_order if n_stiff else 0
         self.factors = nn.ModuleList(TorusFactor(len(group), *orders) for group in self.groups)
+        self.stiff = QuarticPotentials(n_stiff) if anharmonic and n_stiff else None
         self.register_buffer("like", torch.zeros(()), persistent=False)
 
     @property
@@ -177,10 +183,21 @@ class MolecularPrior(nn.Module):
         return total[:, None] / max(self.n_stiff, 1)
 
     def stiff_loss(self, z: Vectors, tau: Scalars | float) -> Scalars:
-        """-ln p(u | a) of latents (batch, D), each at its own tau, up to a constant: (batch,)."""
-        log_width = self.log_width(z[:, self.n_stiff :])[:, 0]
-        u = z[:, : self.n_stiff]
-        return 0.5 * (u * u).sum(1) * torch.exp(-2.0 * log_width) / tau + self.n_stiff * log_width
+        """-ln p(u | a) of latents (batch, D), each at its own tau, up to a number that depends on tau: (batch,)."""
+        log_width = self.log_width(z[:, self.n_stiff :])
+        v = z[:, : self.n_stiff] * torch.exp(-log_width)
+        e = 0.5 * (v * v) if self.stiff is None else self.stiff(v)
+        return e.sum(1) / tau + self.n_stiff * log_width[:, 0]
+
+    def stiff_log_z(self, tau: float) -> Tensor:
+        """ln of the integral of exp(-sum_i e_i/tau)."""
+        if self.stiff is None:
+            return self.like.new_full((), 0.5 * self.n_stiff * math.log(TWO_PI * tau))
+        return self.stiff.log_z(tau).sum()
+
+    def log_z(self, tau: float) -> Tensor:
+        """ln Z(tau)."""
+        return sum((factor.log_z(tau) for factor in self.factors), self.stiff_log_z(tau))
 
     def at(self, tau: float, *, explore: float = 0.0) -> SteeredPrior:
         """The density at temperature tau (in units of the reference temperature); see `SteeredPrior` for `explore`.
@@ -212,8 +229,7 @@ class SteeredPrior:
     def log_prob(self, z: Vectors) -> Scalars:
         """ln p(z) [nat] of latents (batch, D); the angles are taken modulo 2 pi."""
         p, tau = self.prior, self.tau
-        constant = 0.5 * p.n_stiff * math.log(TWO_PI * tau)
-        return self.log_prob_torsions(z[:, p.n_stiff :]) - p.stiff_loss(z, tau) - constant
+        return self.log_prob_torsions(z[:, p.n_stiff :]) - p.stiff_loss(z, tau) - p.stiff_log_z(tau)
 
     def log_prob_torsions(self, a: Vectors) -> Scalars:
         """ln of the marginal density [nat] of the torsions (batch, n_soft) alone."""
@@ -254,5 +270,9 @@ class SteeredPrior:
     def complete(self, a: Tensor, *, generator: torch.Generator) -> Vectors:
         """Latents (n, D) with the torsions given and stiff coordinates drawn for them."""
         p = self.prior
-        noise = torch.randn(len(a), p.n_stiff, generator=generator, dtype=a.dtype, device=a.device)
-        return torch.cat((math.sqrt(self.tau) * noise * torch.exp(p.log_width(a)), a), 1)
+        if p.stiff is None:
+            noise = torch.randn(len(a), p.n_stiff, generator=generator, dtype=a.dtype, device=a.device)
+            v = math.sqrt(self.tau) * noise
+        else:
+            v = p.stiff.sample(len(a), self.tau, generator=generator)
+        return torch.cat((v * torch.exp(p.log_width(a)), a), 1)

@@ -105,6 +105,8 @@ def summary(run: Run) -> dict[str, str]:
 def steering_spread(flow: Steerable, positions: Positions, first: float, second: float) -> float:
     """How far a flow is from the steering law [nat]: (max - min of T1 ln q_T1 - T2 ln q_T2) / |T1 - T2|.
 
+    Flows with momenta steer jointly, so each frame gets one set of momenta for both temperatures.
+
     Args:
         flow: in double precision.
         positions: (frames, atoms, 3) [nm] on the chart, at least 1,000 for a figure to quote.
@@ -113,7 +115,9 @@ def steering_spread(flow: Steerable, positions: Positions, first: float, second:
     Source: Dibak, Klein, Noe, arXiv 2012.00429, eq. 4.
     """
     with torch.no_grad():
-        excess = first * flow.at(first).log_prob(positions) - second * flow.at(second).log_prob(positions)
+        momenta = torch.randn(len(positions), flow.n_momenta, generator=torch.Generator().manual_seed(0))
+        one, two = (flow.at(t).joint_log_prob(positions, momenta) for t in (first, second))
+        excess = first * one - second * two
     return float(excess.max() - excess.min()) / abs(first - second)
 
 

@@ -112,7 +112,7 @@ class SimulateSettings:
     """
 
     temperature: float = 600.0
-    n_frames: int = 240_000
+    n_frames: int = 400_000
     spacing_fs: float = 20.0
     n_walkers: int | None = None
     timestep_fs: float | None = None

@@ -61,8 +61,8 @@ def train_stage(run: Run, progress: Progress | None = None) -> None:
     if not simulate_done(run):
         raise RunError(f"{run.path} has no training frames yet: run the simulate stage first")
     config, molecule = run.config, load_molecule(run.config.molecule)
-    n = config.train.steps * config.train.batch_draws
-    frames, energy = training_frames(run, molecule), open_energy(molecule, config.energy, n)
+    frames = training_frames(run, molecule)
+    energy = open_energy(molecule, config.energy, len(frames) + config.train.steps * config.train.batch_draws)
     with run.working("train", progress, lambda: energy.n_evaluations) as report:
         flow = start_flow(molecule, frames, config)
         seed = stage_seed(config.seed, "train")

@@ -1,4 +1,4 @@
-"""Training a flow on frames and energies at the training temperature; resumable to the bit."""
+"""Training a flow on frames and energies, as a rule at the training temperature; resumable to the bit."""
 
 from __future__ import annotations
 
@@ -9,25 +9,23 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .cuts import CutInternals
 from .files import whole, write_text
 from .flow import Flow
-from .losses import energy_loss, likelihood_loss
+from .losses import energy_loss, likelihood_loss, slopes_of
 from .pretraining import pretrain
 from .trajectories import Frames
 from .typing import Energy
-from .units import kT
+from .units import to_kelvin
+from .vectors import Samples
 from .weights import effective_sample_size
 
 Progress = Callable[[int, int, str], None]
-HEADROOM = 20.0
-"""Reduced energies are softened this far [kT] above the highest of a few hundred frames."""
-
-
 RECENT = 64
 """Steps whose draws make up the ESS and the energy loss that training reports and judges itself by."""
 
@@ -49,12 +47,14 @@ class TrainingSettings:
         clip: largest norm of the gradient.
         held_out: share of the frames, the latest in time, that never trains.
         evaluate_every: steps between evaluations of the held-out frames.
+        estimator: of the gradient: "path", which needs the forces at the frames and has no noise once the flow is
+            right, or "plain"; see `losses`. By default "plain" for flows whose torsions are cut open, else "path".
         patience: evaluations without a better score after which training stops; the score is the held-out nll and the
             recent energy loss, weighted as in training.
         checkpoint_every: steps between checkpoints.
     """
 
-    steps: int = 2400
+    steps: int = 1200
     batch_frames: int = 512
     batch_draws: int = 464
     flatten: float = 2.0
@@ -64,6 +64,7 @@ class TrainingSettings:
     learning_rate: float = 2e-3
     weight_average: float = 0.99
     clip: float = 10.0
+    estimator: Literal["path", "plain"] | None = None
     held_out: float = 0.1
     evaluate_every: int = 100
     patience: int = 20
@@ -83,6 +84,8 @@ class TrainingSettings:
         for name, top in (("energy_weight", 1.0), ("held_out", 0.9), ("weight_average", 1.0)):
             if not 0 <= getattr(self, name) <= top or (name != "energy_weight" and getattr(self, name) == 1.0):
                 raise ValueError(f"training setting {name} must be between 0 and {top:g}, not {getattr(self, name):g}")
+        if self.estimator not in ("path", "plain", None):
+            raise ValueError(f'training setting estimator must be "path" or "plain", not {self.estimator!r}')
         if self.held_out == 0:
             raise ValueError("training setting held_out must be above 0: held-out frames decide when to stop")
 
@@ -110,29 +113,33 @@ class History:
 
 
 def train(
-    flow: Flow, frames: Frames, energy: Energy, settings: TrainingSettings | None = None, *,
-    directory: str | Path, seed: int, progress: Progress | None = None,
+    flow: Flow, frames: Frames | Samples, energy: Energy, settings: TrainingSettings | None = None, *,
+    directory: str | Path, seed: int, temperature: Any = None, fresh: bool = True, progress: Progress | None = None,
 ) -> History:  # fmt: skip
-    """Train a flow in place: likelihood of frames, then likelihood and energy loss, all at the training temperature.
+    """Train a flow in place: likelihood of frames, then likelihood and energy loss.
 
     The weights with the best score on held-out frames and recent draws are kept. Checkpoints go to
     `directory/training_state.pt`; called again with the same arguments, training goes on from there with the same
     random numbers.
 
     Args:
-        flow: an untrained flow (`build_flow`); on return it holds the result.
+        flow: an untrained flow (`build_flow`, `build_vector_flow`), or a trained one where not `fresh`; on return it
+            holds the result.
         frames: each with its temperature; the latest `held_out` share steers and never trains.
-        energy: U [kJ/mol].
+        energy: U [kJ/mol]; of a model system, in the unit of its temperatures.
         settings: see TrainingSettings.
         directory: for checkpoints and `history.json`.
         seed: of batches and draws.
+        temperature: of the energy loss [K, or a Quantity]; by default the training temperature. Frames have their own.
+        fresh: False goes on from the weights that the flow has, without pretraining.
         progress: called with (steps done, steps, message).
 
     Raises:
-        ValueError: frames off the chart, or a checkpoint in `directory` of another run.
+        ValueError: frames off the chart, a temperature not above zero, or a checkpoint in `directory` of another run.
         RuntimeError: the loss is not finite.
     """
-    trainer = _Trainer(flow, frames, energy, settings or TrainingSettings(), Path(directory), seed)
+    kelvin = flow.training_temperature if temperature is None else to_kelvin(temperature)
+    trainer = _Trainer(flow, frames, energy, settings or TrainingSettings(), Path(directory), seed, kelvin, fresh)
     trainer.resume()
     return trainer.run(progress or (lambda done, total, message: None))
 
@@ -141,9 +148,11 @@ class _Trainer:
     """The state of one training run. Single precision throughout: twice as fast, and the result is exact in double."""
 
     def __init__(
-        self, flow: Flow, frames: Frames, energy: Energy, settings: TrainingSettings, directory: Path, seed: int
-    ) -> None:
+        self, flow: Flow, frames: Frames | Samples, energy: Energy, settings: TrainingSettings, directory: Path,
+        seed: int, temperature: float, fresh: bool,
+    ) -> None:  # fmt: skip
         self.target, self.energy, self.settings, self.directory = flow, energy, settings, directory
+        self.temperature, self.fresh = temperature, fresh
         early, late = frames.split(settings.held_out)
         self.q, self.temperatures = _internals(flow, early)
         q, temperatures = _internals(flow, late)
@@ -152,8 +161,9 @@ class _Trainer:
         self.flow = copy.deepcopy(flow).float()
         self.average = copy.deepcopy(self.flow)
         self.optimiser = torch.optim.AdamW(self.flow.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
+        rise = 0.2 if settings.steps == 10 else 0.1  # the schedule divides by rise * steps - 1
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimiser, settings.learning_rate, total_steps=settings.steps, pct_start=0.1
+            self.optimiser, settings.learning_rate, total_steps=settings.steps, pct_start=rise
         )
         self.generator = torch.Generator().manual_seed(seed)
         self.history, self.step, self.losses = History(), 0, {"loss": math.nan, "energy_loss": math.nan}
@@ -161,21 +171,26 @@ class _Trainer:
         self.log_weights: list[Tensor] = []
         self.recent: list[float] = []
         facts = {"seed": seed, "frames": _digest(frames), "temperature": flow.training_temperature}
-        facts |= {"flow": asdict(flow.settings), "zmatrix": str(flow.zmatrix)}
+        facts |= {"flow": asdict(flow.settings), "zmatrix": str(flow.zmatrix), "energies_at": temperature}
+        facts |= {"start": None if fresh else digest_of_weights(flow)}
         self.identity = json.dumps({**facts, **asdict(settings)})
-        self.start = self._highest_energy(early) + HEADROOM
+        self.start = self._highest_energy(early)  # clashes of draws are softened from here on
+        self.path = _takes_paths(flow, settings)
+        self.slopes = slopes_of(flow, energy, self.q, self.temperatures) if self.path else None
 
-    def _highest_energy(self, frames: Frames) -> float:
+    def _highest_energy(self, frames: Frames | Samples) -> float:
         """Highest reduced energy [kT] of a few hundred frames."""
         some = slice(None, None, max(1, len(frames.positions) // 256))
         u = self.energy(torch.tensor(frames.positions[some], dtype=torch.float64))
-        return float((u / kT(torch.tensor(frames.temperatures[some]))).max())
+        return float((u / self.target.kT(torch.tensor(frames.temperatures[some]))).max())
 
     def run(self, progress: Progress) -> History:
         settings = self.settings
         self.directory.mkdir(parents=True, exist_ok=True)
         if self.step == 0:
-            self._pretrain()
+            self.history.n_energy_evaluations = 0 if self.slopes is None else len(self.slopes)
+            if self.fresh:
+                self._pretrain()
         while self.step < settings.steps and not self.history.stopped_early:
             self._step()
             if self.step % settings.evaluate_every == 0 or self.step == settings.steps:
@@ -198,12 +213,15 @@ class _Trainer:
         settings = self.settings
         weight = self._weight()
         rows = torch.randint(len(self.q), (settings.batch_frames,), generator=self.generator)
-        loss = likelihood_loss(self.flow, self.q[rows], self.temperatures[rows]).mean()
+        loss = likelihood_loss(
+            self.flow, self.q[rows], self.temperatures[rows], generator=self.generator,
+            slopes=None if self.slopes is None else self.slopes[rows],
+        ).mean()  # fmt: skip
         total = (1.0 - weight) * loss
         if weight > 0.0:
             drawn = energy_loss(
-                self.flow, self.energy, self.flow.training_temperature, settings.batch_draws,
-                start=self.start, flatten=settings.flatten, generator=self.generator,
+                self.flow, self.energy, self.temperature, settings.batch_draws,
+                start=self.start, flatten=settings.flatten, path=self.path, generator=self.generator,
             )  # fmt: skip
             total = total + weight * drawn.surrogate
             self.losses["energy_loss"] = drawn.value
@@ -232,7 +250,8 @@ class _Trainer:
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        nll = float(likelihood_loss(self.average, *self.held_out).mean())
+        momenta = torch.Generator().manual_seed(0)  # the same each time, so that evaluations differ by the flow alone
+        nll = float(likelihood_loss(self.average, *self.held_out, generator=momenta).mean())
         ess = effective_sample_size(torch.cat(self.log_weights)) if self.log_weights else math.nan
         rate = self.schedule.get_last_lr()[0]
         row = {"step": self.step, **self.losses, "held_out_nll": nll, "ess_train": float(ess), "learning_rate": rate}
@@ -296,9 +315,17 @@ class _Trainer:
         self.history = History(**state["history"])
 
 
-def _digest(frames: Frames) -> str:
+def _digest(frames: Frames | Samples) -> str:
     """What tells these frames from others."""
     return hashlib.sha256(frames.positions.tobytes() + frames.temperatures.tobytes()).hexdigest()
+
+
+def digest_of_weights(flow: Flow) -> str:
+    """What tells the weights of this flow from others."""
+    digest = hashlib.sha256()
+    for tensor in flow.state_dict().values():
+        digest.update(tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -317,7 +344,22 @@ def _read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _internals(flow: Flow, frames: Frames) -> tuple[Tensor, Tensor]:
+def _takes_paths(flow: Flow, settings: TrainingSettings) -> bool:
+    """Whether gradients are path gradients.
+
+    Raises:
+        ValueError: they are asked for where they would be wrong.
+    """
+    cut = isinstance(flow.internals, CutInternals)
+    if cut and settings.estimator == "path":
+        raise ValueError(
+            f'estimator = "path" is wrong for flows of kind {flow.settings.kind!r}, whose torsions are cut open where '
+            'frames still are; leave it out, or take "plain"'
+        )
+    return not cut if settings.estimator is None else settings.estimator == "path"
+
+
+def _internals(flow: Flow, frames: Frames | Samples) -> tuple[Tensor, Tensor]:
     """Internals (frames on the chart, D) and temperatures in single precision."""
     q, kept = flow.internals.of_frames(frames.positions)
     return q[kept].float(), torch.tensor(frames.temperatures, dtype=torch.float32)[kept]

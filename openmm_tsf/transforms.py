@@ -47,11 +47,12 @@ class LineCoupling(nn.Module):
         n_stiff, n_soft: sizes of u and a.
         change: indices of u that are changed; the rest is read.
         limit: largest |log-scale| before the mean is taken off.
+        size: hidden, depth and harmonics of the `Conditioner`.
     """
 
     def __init__(
-        self, n_stiff: int, n_soft: int, change: Sequence[int], *, hidden: int, depth: int, limit: float = 2.0,
-        volume_preserving: bool = True,
+        self, n_stiff: int, n_soft: int, change: Sequence[int], *, limit: float = 2.0, volume_preserving: bool = True,
+        **size: int,
     ) -> None:  # fmt: skip
         super().__init__()
         self.n_stiff, self.limit, self.volume_preserving = n_stiff, limit, volume_preserving
@@ -59,10 +60,10 @@ class LineCoupling(nn.Module):
         keep = [i for i in range(n_stiff) if i not in changed]
         self.register_buffer("change", torch.tensor(sorted(changed), dtype=torch.long))
         self.register_buffer("keep", torch.tensor(keep, dtype=torch.long))
-        self.net = Conditioner(len(keep), n_soft, 2 * len(changed), hidden=hidden, depth=depth)
+        self.net = Conditioner(len(keep), n_soft, 2 * len(changed), **size)
 
     def _scale_and_shift(self, z: Vectors) -> tuple[Tensor, Tensor]:
-        out = self.net(z[:, self.keep], z[:, self.n_stiff :])
+        out = self.net(z.index_select(1, self.keep), z[:, self.n_stiff :])
         log_scale, shift = out.chunk(2, 1)
         log_scale = self.limit * torch.tanh(log_scale / self.limit)
         if self.volume_preserving:
@@ -71,12 +72,12 @@ class LineCoupling(nn.Module):
 
     def forward(self, z: Vectors) -> tuple[Vectors, Scalars]:
         log_scale, shift = self._scale_and_shift(z)
-        y = z[:, self.change] * log_scale.exp() + shift
+        y = z.index_select(1, self.change) * log_scale.exp() + shift
         return z.index_copy(1, self.change, y), self._log_det(log_scale)
 
     def inverse(self, x: Vectors) -> tuple[Vectors, Scalars]:
         log_scale, shift = self._scale_and_shift(x)
-        u = (x[:, self.change] - shift) * (-log_scale).exp()
+        u = (x.index_select(1, self.change) - shift) * (-log_scale).exp()
         return x.index_copy(1, self.change, u), -self._log_det(log_scale)
 
     def _log_det(self, log_scale: Tensor) -> Scalars:
@@ -91,20 +92,21 @@ class CircleCoupling(nn.Module):
     Args:
         n_stiff, n_soft: sizes of u and a.
         change: indices of a that are turned.
+        size: hidden, depth and harmonics of the `Conditioner`.
     """
 
-    def __init__(self, n_stiff: int, n_soft: int, change: Sequence[int], *, hidden: int, depth: int) -> None:
+    def __init__(self, n_stiff: int, n_soft: int, change: Sequence[int], **size: int) -> None:
         super().__init__()
         self.n_stiff = n_stiff
         keep = [n_stiff + i for i in range(n_soft) if i not in set(change)]
         columns = [n_stiff + i for i in sorted(change)]
         self.register_buffer("change", torch.tensor(columns, dtype=torch.long))
         self.register_buffer("keep", torch.tensor(keep, dtype=torch.long))
-        self.net = Conditioner(n_stiff, len(keep), len(columns), hidden=hidden, depth=depth)
+        self.net = Conditioner(n_stiff, len(keep), len(columns), **size)
 
     def _turn(self, z: Vectors, sign: float) -> tuple[Vectors, Scalars]:
-        turn = self.net(z[:, : self.n_stiff], z[:, self.keep])
-        y = wrap(z[:, self.change] + sign * turn)
+        turn = self.net(z[:, : self.n_stiff], z.index_select(1, self.keep))
+        y = wrap(z.index_select(1, self.change) + sign * turn)
         return z.index_copy(1, self.change, y), z.new_zeros(len(z))
 
     def forward(self, z: Vectors) -> tuple[Vectors, Scalars]:
@@ -114,13 +116,39 @@ class CircleCoupling(nn.Module):
         return self._turn(x, -1.0)
 
 
+class GlobalScale(nn.Module):
+    """All lines times one trainable number: u to exp(s) u, torsions as they are. Log-determinant: n_lines s, constant.
+
+    Args:
+        n_lines: size of u.
+
+    Source: Dibak, Klein, Noe, arXiv 2012.00429.
+    """
+
+    def __init__(self, n_lines: int) -> None:
+        super().__init__()
+        self.n_lines = n_lines
+        self.log_scale = nn.Parameter(torch.zeros(()))
+
+    def _scaled(self, z: Vectors, log_scale: Tensor) -> tuple[Vectors, Scalars]:
+        lines, rest = z.split((self.n_lines, z.shape[1] - self.n_lines), 1)
+        return torch.cat((lines * log_scale.exp(), rest), 1), (self.n_lines * log_scale).expand(len(z))
+
+    def forward(self, z: Vectors) -> tuple[Vectors, Scalars]:
+        return self._scaled(z, self.log_scale)
+
+    def inverse(self, x: Vectors) -> tuple[Vectors, Scalars]:
+        return self._scaled(x, -self.log_scale)
+
+
 class Standardise(nn.Module):
-    """Latents (u, a) to columns of internals: q_stiff = mean + matrix u, q_soft = a; constant Jacobian.
+    """Latents (u, p, a) to vectors (q, p): q_stiff = mean + matrix u, q_soft = a, momenta p as they are; constant
+    Jacobian.
 
     Args:
         mean: (n_stiff,) of the stiff columns.
         matrix: (n_stiff, n_stiff), a square root of their covariance.
-        circular: (D,) columns of q that are torsions on the circle.
+        circular: (D,) columns of (q, p) that are torsions on the circle.
     """
 
     def __init__(self, mean: Tensor, matrix: Tensor, circular: Tensor) -> None:

@@ -19,8 +19,9 @@ from openmm_tsf import checkpoint
 from openmm_tsf.checkpoint import CheckpointError, flow_info, load_flow, pretrained, save_flow
 from openmm_tsf.energy import OpenMMEnergy
 from openmm_tsf.ensemble import draw
-from openmm_tsf.flow import Flow, FlowSettings, build_flow
+from openmm_tsf.flow import Flow, FlowSettings, build_flow, build_vector_flow
 from openmm_tsf.trajectories import Frames
+from openmm_tsf.vectors import Samples
 from openmm_tsf.zmatrix import build_zmatrix
 
 N = 300
@@ -84,14 +85,52 @@ def test_all_that_a_flow_knows_comes_back(flow, file):
 def test_other_coordinates_and_architectures_come_back(tmp_path):
     molecule = MOLECULES["ala2"]()
     atom = molecule.atom_labels.index("NME3-C")
-    flow = flow_of(
-        "ala2", zmatrix=build_zmatrix(molecule, kinds={atom: "soft"}), volume_preserving=False, entropy_order=0
-    )
+    flow = flow_of("ala2", zmatrix=build_zmatrix(molecule, kinds={atom: "soft"}), kind="real-nvp", momenta=False)
     save_flow(flow, tmp_path / "flow.tsf")
     loaded = load_flow(tmp_path / "flow.tsf").requires_grad_(False)
-    assert loaded.zmatrix == flow.zmatrix and not loaded.settings.volume_preserving
+    assert loaded.zmatrix == flow.zmatrix and loaded.settings.kind == "real-nvp"
     x = torch.tensor(frames_of("ala2", N)[:50])
     assert torch.equal(loaded.at(300.0).log_prob(x), flow.at(300.0).log_prob(x))
+
+
+@pytest.mark.parametrize("settings", [{"kind": "tsf"}, {"kind": "real-nvp"}, {"momenta": True}], ids=str)
+def test_flows_with_momenta_and_cut_torsions_come_back(settings, tmp_path):
+    flow = flow_of("ala2", **settings)
+    save_flow(flow, tmp_path / "flow.tsf")
+    loaded = load_flow(tmp_path / "flow.tsf").requires_grad_(False)
+    assert loaded.settings == flow.settings and loaded.n_momenta == flow.internals.dim
+    x = torch.tensor(frames_of("ala2", N)[:50])
+    scores = [f.at(300.0).log_prob(x, generator=torch.Generator().manual_seed(1)) for f in (flow, loaded)]
+    assert torch.isfinite(scores[0]).all() and torch.equal(*scores)
+    if settings.get("kind"):
+        assert torch.equal(flow.internals.centre, loaded.internals.centre) and flow.internals.centre.any()
+
+
+def test_files_of_before_there_were_kinds_are_read(tmp_path):
+    flow = flow_of("ala2", quartic=False)
+    save_flow(flow, tmp_path / "flow.tsf")
+
+    def older(facts: dict, tensors: dict, volume_preserving: bool = True) -> None:
+        for name in ("kind", "momenta", "quartic"):
+            facts["settings"].pop(name, None)
+        facts["settings"]["volume_preserving"] = volume_preserving
+
+    reseal(tmp_path / "flow.tsf", older)
+    loaded = load_flow(tmp_path / "flow.tsf").requires_grad_(False)
+    assert loaded.settings == flow.settings
+    x = torch.tensor(frames_of("ala2", N)[:50])
+    assert torch.equal(loaded.at(300.0).log_prob(x), flow.at(300.0).log_prob(x))
+    reseal(tmp_path / "flow.tsf", lambda facts, tensors: older(facts, tensors, False))
+    with pytest.raises(CheckpointError, match="of kind real-nvp now; train the flow anew"):
+        load_flow(tmp_path / "flow.tsf")
+
+
+def test_flows_of_model_systems_are_not_stored(tmp_path):
+    samples = Samples(torch.randn(50, 2, generator=torch.Generator().manual_seed(1)))
+    flow = build_vector_flow(2, samples, FlowSettings(**SETTINGS), generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match="have no molecule and no file"):
+        save_flow(flow, tmp_path / "flow.tsf")
+    assert not (tmp_path / "flow.tsf").exists()
 
 
 def test_a_loaded_flow_steers(file):

@@ -18,7 +18,7 @@ from openmm_tsf import __version__, cli, console
 from openmm_tsf.ensemble import Ensemble
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("run", "simulate", "train", "sample", "report", "info")
+COMMANDS = ("run", "simulate", "train", "sample", "refine", "report", "info")
 
 
 def invoke(*arguments: object):

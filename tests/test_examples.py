@@ -6,7 +6,15 @@ import sys
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-TESTED = {"draw.py", "own_molecule.py", "replica_exchange.py", "look.ipynb", "ala2.toml"}
+TESTED = {
+    "double_well.py",
+    "draw.py",
+    "figure3.py",
+    "own_molecule.py",
+    "replica_exchange.py",
+    "look.ipynb",
+    "ala2.toml",
+}
 
 
 def run(*arguments):
@@ -26,11 +34,36 @@ def test_every_example_is_tested():
     assert {path.name for path in EXAMPLES.iterdir() if not path.name.startswith((".", "__"))} == TESTED
 
 
+def test_double_well(tmp_path):
+    """Means are those of quadrature, and the quartic prior is nearly exact where a Gaussian is a nat off."""
+    printed = run(
+        EXAMPLES / "double_well.py", "--dim", 2, "--steps", 20, "--samples", 800, "--seeds", 1, "--out", tmp_path
+    )
+    for mean, exact in re.findall(r"<U> at T = .*: (-?[\d.]+) by parallel tempering, (-?[\d.]+) by", printed):
+        assert abs(float(mean) - float(exact)) < 0.5
+    excess = {
+        kind: number(rf"{kind}, seed 1: nll beyond the exact one (-?[\d.]+) at 0.1,", printed)
+        for kind in ("tsf", "anharmonic")
+    }
+    assert excess["anharmonic"] < 0.2 < 1.0 < excess["tsf"]
+    assert all((tmp_path / name).stat().st_size > 20_000 for name in ("nll.png", "marginals.png"))
+
+
 def test_draw():
     """Energy at 300 K: -98.4 +- 0.1 kJ/mol by reweighting 1e5 draws, -98.2 +- 0.2 by replica exchange."""
     printed = run(EXAMPLES / "draw.py", "-n", 2000)
     assert abs(number(r"<U> at 300 K: (-?[\d.]+)", printed) - -98.3) < 3.0
     assert number(r"ESS ([\d.]+) %", printed) > 30.0
+
+
+def test_figure3(tmp_path):
+    """The energy behind a Gaussian of 60 coordinates has the heat capacity 30 k_B at any temperature."""
+    frames = ("--frames", 640, "--walkers", 32, "--equilibration", 0.2, "--steps", 16, "--draws", 400)
+    exchange = ("--iterations", 10, "--corrected", 3, "--replicas", 1)
+    printed = run(EXAMPLES / "figure3.py", "--flows", "tsf", *frames, *exchange, "--out", tmp_path)
+    assert abs(number(r"tsf: its energy has the heat capacity ([\d.]+) J/mol/K", printed) - 30 * 8.314) < 0.1
+    assert re.search(r"tsf +[\d.]+ \+- [\d.]+ +[\d.]+ \+- ", printed)
+    assert all((tmp_path / name).stat().st_size > 20_000 for name in ("maps.png", "histograms.png", "entropy.png"))
 
 
 def test_own_molecule():

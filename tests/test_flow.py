@@ -72,7 +72,7 @@ def test_flows_of_other_architecture_steer(settings):
 
 
 def test_a_free_affine_coupling_visibly_breaks_the_law():
-    flow = flow_of("ala2", volume_preserving=False, size=0.1)
+    flow = flow_of("ala2", kind="real-nvp", momenta=False, size=0.1)
     assert laws.steering_spread(flow, frames(), 300.0, 600.0) > 0.1
 
 

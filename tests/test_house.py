@@ -20,14 +20,17 @@ PACKAGE = ROOT / "openmm_tsf"
 
 LAYERS = {
     0: "units typing files storage",
-    1: "geometry nets transforms priors weights swaps metropolis proposals",
-    2: "systems molfiles dcd trajectories chart zmatrix internals energy torsions reference",
+    1: "geometry nets potentials transforms splines priors architecture vectors weights swaps metropolis proposals "
+    "wells",
+    2: "systems molfiles dcd trajectories chart zmatrix internals cuts energy torsions reference",
     3: "flow",
     4: "constraints langevin walkers batched_walkers dynamics losses pretraining training ensemble checkpoint settings "
-    "config rundir flow_steps flow_batches records exchange ladder tempering tempering_storage exchange_settings",
-    5: "analysis mbar multistate canvas series plotting report report_page notebook "
+    "config rundir flow_steps flow_batches records exchange ladder tempering tempering_storage exchange_settings "
+    "coverage refinement_record refinement wells_study",
+    5: "analysis mbar multistate canvas series plotting wells_plots portraits steering_study steering_plots "
+    "report report_page notebook "
     "exchange_plots exchange_facts exchange_page exchange_report exchange_stage "
-    "assembly stages reporting sampling console cli __main__",
+    "assembly stages refine_stage reporting sampling console cli __main__",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 THIRD_PARTY = {

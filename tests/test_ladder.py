@@ -12,6 +12,7 @@ from scipy.special import i0e, i1e
 from openmm_tsf import pretrained
 from openmm_tsf.ladder import check_ladder, flow_ladder, geometric_ladder, mean_energy
 from openmm_tsf.priors import MolecularPrior
+from openmm_tsf.vectors import LineCoordinates
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +23,12 @@ def flow():
 @pytest.fixture(scope="module")
 def bumpy(flow):
     """A flow of two stiff coordinates and two torsions with barriers of 8 k_B 600 K, whose closed form is known."""
-    prior = MolecularPrior(2, [(0,), (1,)], energy_order=1, entropy_order=0).double().requires_grad_(False)
+    prior = MolecularPrior(2, [(0,), (1,)], energy_order=1, entropy_order=0, anharmonic=False)
+    prior = prior.double().requires_grad_(False)
     for factor in prior.factors:
         factor.marginal.coefficients[0, 0] = BARRIER
     other = copy.deepcopy(flow)
-    other.prior = prior
+    other.prior, other.internals = prior, LineCoordinates(prior.dim)
     return other
 
 

@@ -74,6 +74,8 @@ def test_steering_spread_sees_a_flow_that_does_not_steer(tiny_run):
     class Tilted:
         """The same density at every temperature."""
 
+        n_momenta = 0
+
         def at(self, temperature):
             return flow.at(600.0)
 

@@ -169,7 +169,7 @@ def test_history_has_what_plots_and_reports_need(tmp_path):
     assert math.isnan(history.rows[0]["ess_train"]) and 0 < history.rows[-1]["ess_train"] <= 1
     assert max(row["learning_rate"] for row in history.rows) <= 1e-3  # the largest that was asked for
     first = 8  # after a quarter of the steps, and one whose weight is just zero
-    assert history.n_energy_evaluations == (24 - first + 1) * 16
+    assert history.n_energy_evaluations == 320 + (24 - first + 1) * 16  # forces at the frames, and draws
     text = (tmp_path / "history.json").read_text()
     assert repr(History.from_json(text)) == repr(history)
     assert json.loads(text)["rows"][0]["ess_train"] is None and "NaN" not in text  # strict JSON has no NaN
@@ -177,9 +177,10 @@ def test_history_has_what_plots_and_reports_need(tmp_path):
     assert all(isinstance(message, str) and "\n" not in message for *_, message in seen)
 
 
-def test_without_an_energy_loss_no_draw_costs_an_energy(tmp_path):
-    _, history = run(tmp_path, short(energy_weight=0.0))
-    assert history.n_energy_evaluations == 0
+@pytest.mark.parametrize(("estimator", "n"), [("plain", 0), ("path", 320)])
+def test_without_an_energy_loss_no_draw_costs_an_energy(tmp_path, estimator, n):
+    _, history = run(tmp_path, short(energy_weight=0.0, estimator=estimator))
+    assert history.n_energy_evaluations == n
     assert history.best_step == min(history.rows, key=lambda row: row["held_out_nll"])["step"]
 
 
@@ -435,8 +436,19 @@ def test_a_gradient_that_is_not_finite_stops_training_with_advice(tmp_path):
         u = coupled_energy(x)
         return u + torch.where(u > -1.0, 0.0 * (u - u.detach()).sqrt(), 0.0)  # slope inf * 0 = NaN at finite values
 
+    with pytest.raises(ValueError, match=r"320 of 320 frames have forces that are not finite; check the trajectory"):
+        train(untrained(), some_frames(), poisonous, short(), directory=tmp_path, seed=1)
+
+
+def test_ten_steps_are_a_number_like_any_other(tmp_path):
+    assert run(tmp_path, short(steps=10))[1].rows[-1]["step"] == 10
+
+
+def test_a_flow_that_breaks_stops_training_with_advice(tmp_path):
+    flow = untrained()
+    flow.transform.transforms[0].net.last.bias.data[:] = 1e30
     with pytest.raises(RuntimeError, match=r"gradient is not finite at step \d+; a smaller learning_rate"):
-        train(untrained(), some_frames(), poisonous, short(ramp_start=0.0), directory=tmp_path, seed=1)
+        train(flow, some_frames(), coupled_energy, short(energy_weight=0.0), directory=tmp_path, seed=1)
 
 
 @pytest.mark.parametrize(

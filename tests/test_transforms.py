@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from openmm_tsf.nets import Conditioner
-from openmm_tsf.transforms import CircleCoupling, Compose, LineCoupling, Standardise
+from openmm_tsf.transforms import CircleCoupling, Compose, GlobalScale, LineCoupling, Standardise
 
 N_STIFF, N_SOFT = 5, 3
 SIZE = {"hidden": 8, "depth": 2}
@@ -163,6 +163,30 @@ def test_log_scales_are_limited():
     assert 1.9 < float(log_det.abs().max()) <= 2.0
 
 
+def test_the_global_scale_is_bijective_and_one_number_for_all_lines():
+    z, angles, _ = latents("line")
+    scale = randomised(GlobalScale(N_STIFF))
+    laws.bijective(scale, z, circular_z=angles, circular_x=angles)
+    x, log_det = scale.forward(z)
+    factor = math.exp(float(scale.log_scale))
+    assert abs(factor - 1.0) > 0.1 and laws.difference(x[:, :N_STIFF], factor * z[:, :N_STIFF]) < 1e-14
+    assert torch.equal(x[:, N_STIFF:], z[:, N_STIFF:])
+    assert torch.equal(log_det, (N_STIFF * scale.log_scale).expand(len(z)))  # to the last bit
+    assert torch.equal(GlobalScale(N_STIFF).forward(z)[0], z)
+
+
+def test_momenta_pass_where_coordinates_are_standardised():
+    """Latents (u, p, a), vectors (q, p): momenta behind all coordinates, as they are."""
+    plain, n_momenta = standardise(), 3
+    columns = torch.zeros(8, dtype=torch.bool).index_fill(0, plain.columns[N_STIFF:], True)
+    wide = Standardise(plain.mean, plain.matrix, torch.cat((columns, torch.zeros(n_momenta, dtype=torch.bool))))
+    z, _, _ = latents("line")
+    p = torch.randn(len(z), n_momenta, generator=torch.Generator().manual_seed(2))
+    joined = torch.cat((z[:, :N_STIFF], p, z[:, N_STIFF:]), 1)
+    laws.bijective(wide, joined)
+    assert torch.equal(wide.forward(joined)[0], torch.cat((plain.forward(z)[0], p), 1))
+
+
 def test_standardise_gives_columns_their_mean_and_covariance(generator):
     transform = standardise()
     circular = torch.zeros(8, dtype=torch.bool).index_fill(0, transform.columns[N_STIFF:], True)
@@ -176,7 +200,7 @@ def test_standardise_gives_columns_their_mean_and_covariance(generator):
     assert torch.equal(q[:, circular], z[:, N_STIFF:])
 
 
-def test_conditioners_are_periodic_and_see_the_double_angle():
+def test_conditioners_are_periodic_and_see_multiples_of_angles():
     net = randomised(Conditioner(2, 1, 4, hidden=8, depth=2))
     plain = torch.zeros(3, 2)
     angles = torch.tensor([[0.3], [0.3 + 2 * math.pi], [0.3 - 4 * math.pi]])
@@ -186,5 +210,5 @@ def test_conditioners_are_periodic_and_see_the_double_angle():
     net.body.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     net(plain, angles)
     assert torch.allclose(
-        inputs[0][0], torch.tensor([0, 0, *(f(k * 0.3) for k in (1, 2) for f in (math.sin, math.cos))])
+        inputs[0][0], torch.tensor([0, 0, *(f(k * 0.3) for k in (1, 2, 3) for f in (math.sin, math.cos))])
     )
