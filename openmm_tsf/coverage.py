@@ -17,15 +17,12 @@ from torch import Tensor
 
 from .ensemble import Ensemble
 from .flow import Flow
+from .geometry import smoothed_density
 from .torsions import dihedrals
 from .typing import Positions, Scalars
 from .weights import Estimate, bootstrap_mean
 from .zmatrix import ZMatrix
 
-BINS = 180
-"""Bins of the histogram of a torsion whose minima part wells."""
-BLUR = math.radians(10.0)
-"""Width [rad] to which it is smoothed."""
 FACTOR = 2.0
 """Most that a flow's own share of a well may differ from the Boltzmann distribution's, unless it did from the start."""
 N_SIGMA = 3.0
@@ -59,15 +56,13 @@ class Well:
 def find_wells(ensemble: Ensemble, zmatrix: ZMatrix) -> tuple[Well, ...]:
     """The wells of every soft torsion that has more than one, in the weighted density of an ensemble."""
     weights = torch.softmax(ensemble.log_weights, 0)
-    places = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (math.tau / BINS) - math.pi
-    kernel = torch.exp(((places[:, None] - places).cos() - 1.0) / BLUR**2)  # von Mises: positive however far off
     wells = []
     for row, leader in zip(zmatrix.rows, zmatrix.leaders, strict=True):
         if row.kind != "soft" or zmatrix.rows[leader] is not row:
             continue
         atoms = (row.torsion, row.angle, row.bond, row.atom)
-        cells = (torch.tensor(dihedrals(ensemble.positions, atoms)) + math.pi) * (BINS / math.tau)
-        density = kernel @ torch.bincount(cells.long().clamp(0, BINS - 1), weights=weights, minlength=BINS)
+        angles = torch.tensor(dihedrals(ensemble.positions, atoms), dtype=torch.float64)
+        places, density = smoothed_density(angles, weights, bins=180)
         lowest = (density < density.roll(1)) & (density <= density.roll(-1))
         cuts = places[lowest].tolist()
         name = " ".join(zmatrix.labels[atom] for atom in atoms)

@@ -8,14 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .geometry import wrap
+from .geometry import smoothed_density, wrap
 from .internals import FlatInternals
 from .typing import Mask, Positions, Scalars, Vectors
-
-BINS = 360
-"""Bins of the histogram in which the emptiest place is looked for."""
-BLUR = math.radians(10.0)
-"""Width [rad] to which it is smoothed, so that the cut goes through the middle of what is empty."""
 
 
 class CutInternals(nn.Module):
@@ -76,8 +71,5 @@ def cut_open(internals: FlatInternals, q: Vectors) -> CutInternals:
 
 def emptiest(angles: Scalars) -> Tensor:
     """The angle [rad] where the smoothed histogram of angles (n,) [rad] is lowest."""
-    width = 2.0 * math.pi / BINS
-    places = (torch.arange(BINS, dtype=torch.float64) + 0.5) * width - math.pi
-    counts = torch.bincount(((wrap(angles) + math.pi) / width).long().clamp(0, BINS - 1), minlength=BINS).double()
-    kernel = torch.exp(((places[:, None] - places).cos() - 1.0) / BLUR**2)  # von Mises: positive however far off
-    return places[(kernel @ counts).argmin()]
+    places, density = smoothed_density(angles)
+    return places[density.argmin()]

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from .typing import Scalars
+
 TWO_PI = 2.0 * math.pi
 
 
@@ -58,3 +60,20 @@ def dihedrals(positions: Tensor, quartets: Tensor) -> Tensor:
     x = positions.permute(2, 1, 0)
     a, b, c, d = (x[:, index] for index in quartets.T)
     return torsion(b - a, c - b, d - c).T
+
+
+def smoothed_density(
+    angles: Scalars, weights: Scalars | None = None, *, bins: int = 360, width: float = math.radians(10.0)
+) -> tuple[Tensor, Tensor]:
+    """Centres (bins,) [rad] and a smoothed histogram (bins,), up to a constant, of angles (n,) [rad] on the circle.
+
+    Args:
+        angles: modulo 2 pi.
+        weights: (n,), or all alike.
+        bins: of the histogram.
+        width: of the von Mises kernel [rad], which is positive however far off.
+    """
+    places = (torch.arange(bins, dtype=torch.float64) + 0.5) * (TWO_PI / bins) - math.pi
+    cells = ((wrap(angles) + math.pi) * (bins / TWO_PI)).long().clamp(0, bins - 1)
+    counts = torch.bincount(cells, weights=weights, minlength=bins).double()
+    return places, torch.exp(((places[:, None] - places).cos() - 1.0) / width**2) @ counts
