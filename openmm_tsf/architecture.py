@@ -65,6 +65,11 @@ class FlowSettings:
         return self.on_lines if self.momenta is None else self.momenta
 
     @property
+    def steers(self) -> bool:
+        """Whether one energy serves every temperature: the kinds whose maps have a constant Jacobian."""
+        return self.kind in ("anharmonic", "tsf")
+
+    @property
     def on_lines(self) -> bool:
         """Whether soft torsions are cut open, because every coordinate is a Gaussian's."""
         return self.kind in ("tsf", "real-nvp")

@@ -233,6 +233,8 @@ def refine(
     from .console import Bar
     from .refine_stage import flow_file, refine_stage, settings_of, summary
 
+    if not source.is_dir():
+        raise ValueError(f"{source} is not a run directory; `openmm-tsf run CONFIG.toml --out DIR` makes one")
     with _opened(source, None, None) as opened:
         settings = settings_of(opened, n=n, rounds=rounds, steps=steps, learning_rate=learning_rate)
         with Bar("refine") as bar:

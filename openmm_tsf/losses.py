@@ -155,14 +155,17 @@ def energy_loss(
 
 
 def _target(flow: Flow, energy: Energy, y: Vectors, temperature: float, start: float) -> tuple[Scalars, Vectors]:
-    """u = U/kT (batch,) of y = (q, p), +inf off the chart, and the derivative of softened u + |p|^2/(2 tau) by y."""
+    """u = U/kT - ln c (batch,) of y = (q, p), and the derivative of softened u + |p|^2/(2 tau) by y.
+
+    u is +inf off the chart. ln c is the constraint factor, zero where no bond is rigid.
+    """
     tau = temperature / flow.training_temperature
     with torch.enable_grad():
         q, p = y.split((flow.internals.dim, flow.n_momenta), 1)
         q = q.requires_grad_()
         rows = torch.nonzero(flow.internals.chart(q.detach()))[:, 0]
         x, _ = flow.internals(q[rows])
-        u = energy(x).to(q.dtype) / flow.kT(temperature)
+        u = energy(x).to(q.dtype) / flow.kT(temperature) - flow.internals.log_constraint_factor(x)
         (slope,) = torch.autograd.grad(soften(u, start=start).sum(), q)
     # a slope that is no number belongs to an energy that is none
     slope = torch.where(torch.isfinite(slope).all(1, keepdim=True), slope, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ SHRINK = 1e-4
 
 
 STEPS, BATCH = 500, 2048
-"""Steps, and frames in each, of `fit_stiff`."""
+"""Most steps, and frames in each, of `fit_stiff`."""
+PASSES = 50
+"""Times that `fit_stiff` sees each frame at most: few frames are soon learnt by heart."""
 MOST_OFTEN = 30.0
 """No frame is picked for it more often than this times the mean, however rare its torsions."""
 
@@ -41,9 +44,9 @@ def pretrain(flow: Flow, q: Tensor, tau: Tensor, *, flatten: float, generator: t
     log_weights = (1.0 / flatten - 1.0) * exact.at(1.0).log_prob_torsions(torsions).detach()
     weights = torch.exp(log_weights - log_weights.max())
     total = weights.clamp(max=MOST_OFTEN * float(weights.mean())).cumsum(0)
-    picks = torch.rand(STEPS, BATCH, generator=generator, dtype=torch.float64) * total[-1]
-    q, _ = join_momenta(q, flow.n_momenta, tau, generator)
-    fit_stiff(flow, q, tau, torch.searchsorted(total, picks).clamp(max=len(total) - 1))
+    steps = min(STEPS, math.ceil(PASSES * len(q) / BATCH))
+    picks = torch.rand(steps, BATCH, generator=generator, dtype=torch.float64) * total[-1]
+    fit_stiff(flow, q, tau, torch.searchsorted(total, picks).clamp(max=len(total) - 1), generator)
 
 
 def fit_torsions(prior: MolecularPrior, torsions: Tensor, tau: Tensor, *, max_iterations: int = 200) -> None:
@@ -82,7 +85,7 @@ def _fit(factor: TorusFactor, angles: Tensor, tau: Tensor, max_iterations: int) 
     optimiser.zero_grad()
 
 
-def fit_stiff(flow: Flow, q: Tensor, tau: Tensor, rows: Tensor) -> None:
+def fit_stiff(flow: Flow, q: Tensor, tau: Tensor, rows: Tensor, generator: torch.Generator) -> None:
     """Means, widths and shapes of the stiff coordinates given the torsions, in place.
 
     These are the first coupling, the entropies and the quartic potentials.
@@ -91,9 +94,10 @@ def fit_stiff(flow: Flow, q: Tensor, tau: Tensor, rows: Tensor) -> None:
 
     Args:
         flow: with a first coupling that reads torsions alone; nothing happens where there is none.
-        q: (frames, D) internals, and momenta of flows that have them.
+        q: (frames, D) internals.
         tau: (frames,) temperature of each frame over the training temperature.
         rows: (steps, batch) frames of each step.
+        generator: of momenta, for flows that have them.
     """
     first, standardise = flow.transform.transforms[0], flow.transform.transforms[-1]
     if not isinstance(first, LineCoupling) or len(first.keep):
@@ -108,7 +112,8 @@ def fit_stiff(flow: Flow, q: Tensor, tau: Tensor, rows: Tensor) -> None:
     for batch in rows:
         optimiser.zero_grad()
         with torch.no_grad():
-            z, _ = standardise.inverse(q[batch])
+            y, _ = join_momenta(q[batch], flow.n_momenta, tau[batch], generator)
+            z, _ = standardise.inverse(y)
         z, _ = first.inverse(z)
         loss = prior.stiff_loss(z, tau[batch]).mean() + sum(share * prior.stiff_log_z(t) for t, share in shares)
         loss.backward()

@@ -96,6 +96,8 @@ def history_file(run: Run, temperature: float) -> Path:
 
 def summary(run: Run, done: Refinement) -> dict[str, str]:
     """The main figures of a refinement, ready to print: names and values with units."""
+    path = flow_file(run, done.temperature)
+    steers = load_flow(path).settings.steers
     both, kept = (done.before, done.after), sum(r.kept for r in done.rounds[1:])
     ess = [f"{100 * r.ess:.2f} ± {100 * r.ess_error:.2f} %" for r in both]
     largest = [f"{100 * r.largest_weight_share:.2g} %" for r in both]
@@ -106,9 +108,11 @@ def summary(run: Run, done: Refinement) -> dict[str, str]:
         "rounds": f"{kept} kept of {len(done.rounds) - 1}; {done.stopped}",
         "energies": f"{done.n_energy_evaluations:,} evaluations, besides those of dynamics and training",
         "time": f"{seconds:.0f} s",
-        "steering": "as exact as before; away from this temperature draw from flow.tsf",
-        "to draw": f"openmm-tsf sample {flow_file(run, done.temperature)} --temperature {done.temperature:g}",
-    }
+        "steering": ("exact, as before" if steers else "this kind of flow does not steer")
+        + "; away from this temperature draw from flow.tsf",
+        "to draw": f"openmm-tsf sample {path} --temperature {done.temperature:g}"
+        if kept else f"no round was kept: {path.name} is flow.tsf as it was",
+    }  # fmt: skip
 
 
 def _facts(run: Run, settings: RefinementSettings) -> dict[str, Any]:

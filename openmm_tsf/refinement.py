@@ -36,6 +36,8 @@ IDENTITY = "refinement.json"
 """What a directory was begun with."""
 STILL = 2.0
 """Standard errors by which the negative log-likelihood may rise."""
+FEWEST = 20
+"""Effective draws that the first round must have to train on."""
 
 
 class OutOfReach(ValueError):
@@ -155,6 +157,11 @@ class _Refiner:
                 f"{self.best.training_temperature:g} K that it was trained at"
             )
         cover = self._draws("cover", self.best, self.settings.explore)
+        if (effective := cover.n_effective + plain.n_effective) < FEWEST:
+            raise OutOfReach(
+                f"{2 * self.settings.n} draws at {self.temperature:g} K are worth {effective:.0f}, and refinement "
+                f"takes {FEWEST}; draw more (-n) or train longer"
+            )
         wells = find_wells(cover, self.best.zmatrix)
         coverage = Coverage(cover, wells, shares(wells, plain.positions))
         self.log_prob = coverage.log_prob(self.best)

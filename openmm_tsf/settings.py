@@ -176,6 +176,11 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed = {self.seed} must lie in 0 ... 2147483647")
+        if self.flow.on_lines and self.train.estimator == "path":
+            raise ValueError(
+                f'train.estimator = "path" is wrong for flow.kind = {self.flow.kind!r}, whose torsions are cut open '
+                'where frames still are: leave it out, or "plain"'
+            )
         if self.simulate.timestep_fs is None:
             step = TIMESTEP_FS[self.molecule.constraints != "none"]
             object.__setattr__(self, "simulate", replace(self.simulate, timestep_fs=step))

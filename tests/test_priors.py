@@ -303,7 +303,7 @@ def test_exploring_densities_are_normalised(n_stiff, groups):
 
 @pytest.mark.parametrize("groups", [[(0,)], [(0, 1)], [(0, 2), (1,)]], ids=str)
 def test_exploring_draws_are_scored_as_they_are_drawn(groups, generator):
-    prior = random_prior(2, groups)
+    prior = random_prior(2, groups).requires_grad_(False)
     exploring = prior.at(0.5, explore=0.3)
     laws.faithful(exploring, 1000, generator, atol=1e-11)
     if prior.n_soft < 3:

@@ -397,7 +397,7 @@ def test_the_command_writes_a_flow_to_draw_from(copied, tmp_path):
     assert load_flow(copied / "flow_550K.tsf").training_temperature == 600.0
     done = Refinement.from_json((copied / "refinement_550K.json").read_text())
     assert done.temperature == 550.0 and 2 <= len(done.rounds) <= 3
-    for words in ("before", "after", done.stopped[:20], f"{done.n_energy_evaluations:,}", "openmm-tsf sample"):
+    for words in ("before", "after", done.stopped[:20], f"{done.n_energy_evaluations:,}", "to draw"):
         assert words in " ".join(result.stdout.replace("│", " ").split())
     assert not (copied / "refine_550K").exists()
     record = json.loads((copied / "stages.json").read_text())["refine 550 K"]
@@ -412,11 +412,11 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(copied):
     made = (copied / "flow_550K.tsf").read_bytes()
     again = invoke("refine", copied, "-T", 550, *QUICK)
     assert again.exit_code == 0 and again.stdout == first.stdout
-    line = error_of(invoke("refine", copied, "-T", 550, "-n", 300))
-    assert "n was 200 and is now 300" in line and "delete flow_550K.tsf" in line
+    line = error_of(invoke("refine", copied, "-T", 550, "-n", 2000))
+    assert "n was 200 and is now 2000" in line and "delete flow_550K.tsf" in line
     assert (copied / "flow_550K.tsf").read_bytes() == made
     (copied / "flow_550K.tsf").unlink()
-    anew = invoke("refine", copied, "-T", 550, "-n", 300, *QUICK[2:])
+    anew = invoke("refine", copied, "-T", 550, "-n", 2000, *QUICK[2:])
     assert anew.exit_code == 0, anew.output
     assert (copied / "flow_550K.tsf").read_bytes() != made
 
