@@ -35,6 +35,8 @@ def random_prior(n_stiff: int, groups, *, seed: int = 5, entropy_order: int = 2)
     for factor in prior.factors:
         randomise(factor.marginal, 2.0, seed)
         randomise(factor.entropy, 0.4, seed + 1)
+    if prior.stiff is not None:
+        prior.stiff.requires_grad_(False)  # gradients of it have their own tests
     return prior
 
 
