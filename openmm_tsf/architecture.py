@@ -70,9 +70,19 @@ class FlowSettings:
         return self.kind in ("anharmonic", "tsf")
 
     @property
+    def explores(self) -> bool:
+        """Whether draws can be spread over basins: the kind whose torsions have potentials, which can be warmed."""
+        return self.kind == "anharmonic"
+
+    @property
     def on_lines(self) -> bool:
         """Whether soft torsions are cut open, because every coordinate is a Gaussian's."""
         return self.kind in ("tsf", "real-nvp")
+
+
+def cannot_explore(settings: FlowSettings) -> str:
+    """Why not, in words."""
+    return f"flows of kind {settings.kind!r} have no potentials of torsions by which to spread draws over basins"
 
 
 def build_modules(

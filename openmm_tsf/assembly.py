@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 from dataclasses import asdict
 
 import torch
 
 from .energy import BatchedEnergy, OpenMMEnergy, choose_energy
 from .flow import Flow, build_flow
-from .settings import Config, EnergySettings, MoleculeSettings, ZMatrixSettings
+from .settings import Config, EnergySettings, MoleculeSettings, ZMatrixSettings, stage_seed
 from .systems import Molecule, alanine_dipeptide
 from .trajectories import Frames
 from .zmatrix import ZMatrix, build_zmatrix
@@ -38,11 +37,6 @@ def load_molecule(settings: MoleculeSettings) -> Molecule:
 def open_energy(molecule: Molecule, settings: EnergySettings, n: int | None = None) -> BatchedEnergy | OpenMMEnergy:
     """The energy of a molecule by the engine that a configuration names, for n configurations to come."""
     return choose_energy(molecule.system, molecule.positions, n=n, **asdict(settings))
-
-
-def stage_seed(seed: int, purpose: str) -> int:
-    """A seed for one purpose in 0 ... 2**31 - 1, so that stages do not share random numbers."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:4], "big") >> 1
 
 
 def load_zmatrix(molecule: Molecule, settings: ZMatrixSettings) -> ZMatrix:

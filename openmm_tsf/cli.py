@@ -90,9 +90,9 @@ def _app(
     """Equilibrium ensembles of a molecule at any temperature.
 
     Simulate where sampling is cheap (600 K), train a temperature-steerable
-    flow once, then draw weighted ensembles at any temperature (300 K). Every
-    draw has its exact density, so weights are exact, and the effective sample
-    size (ESS) says how far to trust them.
+    flow once, then draw weighted ensembles at any temperature (300 K). The
+    weights are exact, and the effective sample size (ESS) says how far to
+    trust them.
     """
 
 
@@ -177,8 +177,11 @@ def sample(
         float | None, typer.Option(callback=_kelvin, help="Run the flow at this temperature, K, and reweight.")
     ] = None,
     explore: Annotated[
-        float, typer.Option(min=0.0, max=0.99, help="Share of the draws spread over all basins, for rare ones.")
-    ] = 0.1,
+        float | None,
+        typer.Option(
+            min=0.0, max=0.99, help="Share of the draws spread over all basins, for rare ones; by default 0.1."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 1,
     engine: Annotated[
         str | None, typer.Option(help="batched or openmm; by default batched where the force field allows.")
@@ -209,6 +212,9 @@ def sample(
 @app.command(
     epilog=_examples(
         "openmm-tsf refine runs/ala2 --temperature 300",
+        "# first at the temperature of training, which helps at all others",
+        "openmm-tsf refine runs/ala2 --temperature 600 -n 300000 --rounds 2 --steps 1500",
+        "openmm-tsf refine runs/ala2 --temperature 300 --after 600",
         "# then draw from what it wrote",
         "openmm-tsf sample runs/ala2/flow_300K.tsf --temperature 300",
     )
@@ -220,7 +226,10 @@ def refine(
     n: Annotated[int | None, typer.Option("-n", min=100, help="Draws of each round; by default 50000.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds at most; by default 6.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps of a round; by default 400.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Largest of a round; by default 0.001.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Largest of a round; by default 0.0005.")] = None,
+    after: Annotated[
+        float | None, typer.Option(callback=_kelvin, help="Go on from the flow refined at so many K.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Make the flow better at one temperature, with energies there; optional.
@@ -228,7 +237,7 @@ def refine(
     Writes flow_300K.tsf and refinement_300K.json beside flow.tsf, which stays
     as it is. Rounds of drawing, weighing and training go on until the ESS of
     fresh draws stops rising. A round that loses part of the molecule's
-    conformations is undone. The refined flow steers as exactly as before.
+    conformations is undone. A flow that steers goes on steering exactly.
     """
     from .console import Bar
     from .refine_stage import flow_file, refine_stage, settings_of, summary
@@ -238,7 +247,7 @@ def refine(
     with _opened(source, None, None) as opened:
         settings = settings_of(opened, n=n, rounds=rounds, steps=steps, learning_rate=learning_rate)
         with Bar("refine") as bar:
-            done = refine_stage(opened, temperature, settings, bar)
+            done = refine_stage(opened, temperature, settings, bar, after=after)
         table(str(flow_file(opened, temperature)), summary(opened, done))
 
 

@@ -10,13 +10,16 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import tomllib
 import types
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from .architecture import cannot_explore
 from .files import write_text
 from .settings import Config
 
@@ -31,6 +34,9 @@ def load_config(path: str | os.PathLike) -> Config:
     Raises:
         ConfigError: not TOML, an unknown key, a wrong type, a value out of range.
         OSError: the file cannot be read.
+
+    Warns:
+        UserWarning: the usual share of exploring draws is not possible with this kind of flow.
     """
     path = Path(path)
     try:
@@ -38,9 +44,12 @@ def load_config(path: str | os.PathLike) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a TOML file: {error}") from error
     try:
-        return _absolute(parse_config(table), path.resolve().parent)
+        config = _absolute(parse_config(table), path.resolve().parent)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    if "explore" not in table.get("sample", {}) and not config.flow.explores:
+        warnings.warn(f"{path}: sample.explore is 0 and not a tenth: {cannot_explore(config.flow)}", stacklevel=2)
+    return config
 
 
 def parse_config(table: dict[str, Any]) -> Config:
@@ -123,7 +132,8 @@ def read_table(cls: type, table: Any, where: str) -> Any:
     except ConfigError:
         raise
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"[{where}] {error}" if where else str(error)) from error
+        message = re.sub(r"^\w+ setting ", "", str(error))  # the table says whose setting it is
+        raise ConfigError(f"[{where}] {message}" if where else message) from error
 
 
 def _unknown(prefix: str, key: str, known: list[str]) -> str:

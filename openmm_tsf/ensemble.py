@@ -237,12 +237,13 @@ def draw(
         n: valid draws wanted; the rejected ones on the way are counted.
         generator: of the draws.
         at: temperature the flow runs at [K]; by default `temperature`.
-        explore: share of the draws spread over all basins, for the sake of rare ones; see `SteeredFlow.exploring`.
+        explore: share of the draws spread over all basins, for the sake of rare ones; see `SteeredFlow.exploring`. Only
+            flows that have potentials of torsions can.
         chunk: most draws, and energies, in one batch.
         progress: called as progress(done, n, message) after each batch.
 
     Raises:
-        ValueError: n < 1, or NaN energies or densities.
+        ValueError: n < 1, NaN energies or densities, or `explore` of a flow that cannot.
         RuntimeError: almost no draw lies on the flow's chart.
 
     Warns:
@@ -253,6 +254,7 @@ def draw(
     target = to_kelvin(temperature)
     sampling = target if at is None else to_kelvin(at)
     steered = flow.at(sampling).exploring(explore) if explore else flow.at(sampling)
+    trained = getattr(flow, "training_temperature", None)
     columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     done = n_rejected = 0
     with torch.no_grad():
@@ -261,14 +263,14 @@ def draw(
             x, log_prob, rejected = _valid_draws(steered, size, n - done, generator)
             n_rejected += rejected
             done += len(x)
-            _check_progress(done, n_rejected, sampling)
+            _check_progress(done, n_rejected, sampling, trained)
             if len(x) > 0:
                 columns.append((x, energy(x), log_prob, steered.log_constraint_factor(x)))
             if progress is not None:
                 progress(done, n, f"{n_rejected} rejected")
     x, energies, log_prob, log_factor = (torch.cat(parts) for parts in zip(*columns, strict=True))
     ensemble = Ensemble(x, energies, log_prob, target, n_rejected, log_factor, sampling, explore)
-    message = out_of_reach(ensemble, getattr(flow, "training_temperature", None))
+    message = out_of_reach(ensemble, trained)
     if message is not None:
         warnings.warn(message, stacklevel=2)
     return ensemble
@@ -283,10 +285,12 @@ def out_of_reach(ensemble: Ensemble, training_temperature: float | int | None = 
     if ensemble.ess >= LEAST_ESS and not alone:
         return None
     trained = "" if training_temperature is None else f" (trained at {training_temperature:g} K)"
+    at_home = ensemble.temperature == ensemble.sampling_temperature == training_temperature
+    advice = "train longer" if at_home else "draw nearer to the training temperature or train longer"
     return (
         f"{ensemble.temperature:g} K is out of reach of this flow{trained} run at {ensemble.sampling_temperature:g} K: "
         f"ESS {100 * ensemble.ess:.2g} % of {len(ensemble) + ensemble.n_rejected} draws, largest weight "
-        f"{100 * ensemble.largest_weight_share:.2g} % of all; draw nearer to the training temperature or train longer"
+        f"{100 * ensemble.largest_weight_share:.2g} % of all; {advice}"
     )
 
 
@@ -302,12 +306,12 @@ def _valid_draws(steered: Any, size: int, wanted: int, generator: torch.Generato
     return x[rows], log_prob[rows], seen - len(rows)
 
 
-def _check_progress(done: int, n_rejected: int, temperature: float) -> None:
+def _check_progress(done: int, n_rejected: int, temperature: float, trained: float | int | None) -> None:
     tried = done + n_rejected
     if tried >= 10 / FEWEST_VALID and done < FEWEST_VALID * tried:
+        far = "" if temperature == trained else f", or {temperature:g} K is far from the temperature it was trained at"
         raise RuntimeError(
-            f"only {done} of {tried} draws at {temperature:g} K lie on the flow's chart: the flow is not trained, or "
-            f"{temperature:g} K is far from the temperature it was trained at"
+            f"only {done} of {tried} draws at {temperature:g} K lie on the flow's chart: the flow is not trained{far}"
         )
 
 

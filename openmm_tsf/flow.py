@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .architecture import FlowSettings, build_modules
+from .architecture import FlowSettings, build_modules, cannot_explore
 from .cuts import CutInternals, cut_open
 from .internals import FlatInternals
 from .priors import MolecularPrior, SteeredPrior
@@ -111,8 +112,10 @@ class SteeredFlow:
         enough draws for an error worth having; the others pay with about that share of their ESS.
 
         Raises:
-            ValueError: the share is not in 0 <= share < 1.
+            ValueError: the share is not in 0 <= share < 1, or not 0 for a kind of flow that cannot.
         """
+        if share and not self.flow.settings.explores:
+            raise ValueError(f"explore = {share:g} is not possible: {cannot_explore(self.flow.settings)}; take 0")
         self.flow.prior.at(1.0, explore=share)
         return replace(self, explore=share)
 
@@ -327,6 +330,14 @@ def assemble_flow(
         settings=settings,
     )  # fmt: skip
     return flow.double()
+
+
+def flow_digest(flow: Flow) -> str:
+    """Short hash of all numbers of a flow."""
+    digest = hashlib.sha256(repr((flow.training_temperature, flow.zmatrix)).encode())
+    for name, tensor in sorted(flow.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _torsion_groups(internals: Coordinates) -> list[tuple[int, ...]]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .assembly import open_energy, stage_seed
-from .checkpoint import load_flow, save_flow
+from .architecture import cannot_explore
+from .assembly import open_energy
+from .checkpoint import flow_info, load_flow, save_flow
 from .files import write_text
 from .refinement import OutOfReach, Refinement, RefinementSettings, refine
 from .rundir import Progress, Run, RunError
-from .stages import train_done
+from .sampling import steering
+from .settings import stage_seed
+from .stages import check_trained, file_digest
 
 
 def settings_of(
@@ -41,8 +43,9 @@ def _said(value: Any, default: Any) -> Any:
 
 
 def refine_stage(
-    run: Run, temperature: float, settings: RefinementSettings, progress: Progress | None = None
-) -> Refinement:
+    run: Run, temperature: float, settings: RefinementSettings, progress: Progress | None = None, *,
+    after: float | None = None,
+) -> Refinement:  # fmt: skip
     """Write flow_<T>K.tsf and refinement_<T>K.json, or read the latter where they are there already.
 
     Args:
@@ -50,34 +53,52 @@ def refine_stage(
         temperature: of the target [K].
         settings: of the refinement; the same ones go on with what was interrupted.
         progress: told of steps.
+        after: go on from the flow that was refined at this temperature [K]; by default from the trained one.
 
     Raises:
-        RunError: there is no trained flow, or the temperature was refined with other settings.
+        RunError: there is no such flow, or the temperature was refined with other settings.
         OutOfReach, ValueError: see `refine`.
     """
-    if not train_done(run):
-        raise RunError(f"{run.path} has no trained flow yet: run the train stage first")
+    start = _start(run, temperature, after)
     stage, path, history = _stage(temperature), flow_file(run, temperature), history_file(run, temperature)
     folder = run.path / f"refine_{temperature:g}K"
-    _check_same(run, stage, settings, [path, folder])
+    facts = _facts(settings, start)
+    _check_same(run, stage, facts, [path, folder])
     if run.is_done(stage, path.name, history.name):
         return Refinement.from_json(history.read_text("utf-8"))
-    flow = load_flow(run.path / "flow.tsf")
+    flow = load_flow(start)
     n = settings.rounds * (settings.n + settings.training.steps * settings.training.batch_draws)
     energy = open_energy(flow.molecule, run.config.energy, n)
     with run.working(stage, progress, lambda: energy.n_evaluations, resumes=folder.exists()) as report:
-        run.update(stage, settings=_facts(run, settings))
+        run.update(stage, settings=facts)
         seed = stage_seed(run.config.seed, stage)
         try:
             done = refine(flow, energy, temperature, settings, directory=folder, seed=seed, progress=report)
         except OutOfReach:
             shutil.rmtree(folder)  # nothing to go on from
             raise
-        save_flow(flow, path, extra={"refined_at": temperature, "seed": run.config.seed, "ess_there": done.after.ess})
+        so_far = [*flow_info(start)["extra"].get("refined_at", []), temperature]
+        save_flow(flow, path, extra={"refined_at": so_far, "seed": run.config.seed, "ess_there": done.after.ess})
         write_text(history, done.to_json())
     run.update(stage, done=True)
     shutil.rmtree(folder)
     return done
+
+
+def _start(run: Run, temperature: float, after: float | None) -> Path:
+    """The flow to go on from."""
+    check_trained(run)
+    if after is None:
+        return run.path / "flow.tsf"
+    path = flow_file(run, after)
+    if after == temperature:
+        raise RunError(f"{path.name} is of {after:g} K itself: to refine more there, delete it and ask for more rounds")
+    if not run.is_done(_stage(after), path.name):
+        raise RunError(
+            f"{run.path} has no flow refined at {after:g} K to go on from: make it first (openmm-tsf refine {run.path} "
+            f"--temperature {after:g})"
+        )
+    return path
 
 
 def _stage(temperature: float) -> str:
@@ -97,34 +118,36 @@ def history_file(run: Run, temperature: float) -> Path:
 def summary(run: Run, done: Refinement) -> dict[str, str]:
     """The main figures of a refinement, ready to print: names and values with units."""
     path = flow_file(run, done.temperature)
-    steers = load_flow(path).settings.steers
+    flow = load_flow(path)
+    settings, at_home = flow.settings, done.temperature == flow.training_temperature
     both, kept = (done.before, done.after), sum(r.kept for r in done.rounds[1:])
     ess = [f"{100 * r.ess:.2f} ± {100 * r.ess_error:.2f} %" for r in both]
     largest = [f"{100 * r.largest_weight_share:.2g} %" for r in both]
     seconds = run.record(_stage(done.temperature)).get("seconds", 0.0)
+    unwatched = {} if settings.explores else {"rare basins": f"not watched: {cannot_explore(settings)}"}
+    elsewhere = "" if at_home else "; away from this temperature draw from the flow that it was made from"
     return {
         "effective sample size": f"{ess[0]} before, {ess[1]} after (Kish, unclipped, fresh draws)",
         "largest weight": f"{largest[0]} of all before, {largest[1]} after",
         "rounds": f"{kept} kept of {len(done.rounds) - 1}; {done.stopped}",
         "energies": f"{done.n_energy_evaluations:,} evaluations, besides those of dynamics and training",
         "time": f"{seconds:.0f} s",
-        "steering": ("exact, as before" if steers else "this kind of flow does not steer")
-        + "; away from this temperature draw from flow.tsf",
+        "steering": f"{steering(settings)}, as before" + elsewhere,
         "to draw": f"openmm-tsf sample {path} --temperature {done.temperature:g}"
         if kept else f"no round was kept: {path.name} is flow.tsf as it was",
+        **unwatched,
     }  # fmt: skip
 
 
-def _facts(run: Run, settings: RefinementSettings) -> dict[str, Any]:
+def _facts(settings: RefinementSettings, start: Path) -> dict[str, Any]:
     """What the result depends on, flat."""
     flat = asdict(settings)
     training = flat.pop("training")
-    flow = hashlib.sha256((run.path / "flow.tsf").read_bytes()).hexdigest()[:16]
-    return {**flat, **training, "flow": flow}
+    return {**flat, **training, "flow": file_digest(start)}
 
 
-def _check_same(run: Run, stage: str, settings: RefinementSettings, made: list[Path]) -> None:
-    before, now = run.record(stage).get("settings", {}), _facts(run, settings)
+def _check_same(run: Run, stage: str, now: dict[str, Any], made: list[Path]) -> None:
+    before = run.record(stage).get("settings", {})
     there = [path for path in made if path.exists()]
     other = [f"{key} was {before.get(key)!r} and is now {now[key]!r}" for key in now if before.get(key) != now[key]]
     if before and other and there:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,13 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .architecture import cannot_explore
 from .checkpoint import load_flow, save_flow
 from .coverage import Coverage, find_wells, shares
 from .ensemble import LEAST_ESS, Ensemble, draw
 from .files import write_text
-from .flow import Flow
+from .flow import Flow, flow_digest
 from .refinement_record import Refinement, Round
-from .training import History, Progress, TrainingSettings, digest_of_weights, train
+from .settings import stage_seed
+from .training import History, Progress, TrainingSettings, train
 from .trajectories import Frames
 from .typing import Energy
 from .units import to_kelvin
@@ -51,7 +52,8 @@ class RefinementSettings:
     Attributes:
         n: draws of each round; the more, the smaller the error of the ESS that decides when to stop.
         rounds: at most.
-        explore: share of the draws, before the first round, that are spread over all basins; see `Coverage`.
+        explore: share of the draws, before the first round, that are spread over all basins; see `Coverage`. None in
+            kinds of flows that cannot: basins that these hardly draw go unwatched.
         training: of a round. There is no ramp to wait for, and weights that are good already take smaller steps.
     """
 
@@ -60,7 +62,7 @@ class RefinementSettings:
     explore: float = 0.1
     training: TrainingSettings = field(
         default_factory=lambda: TrainingSettings(
-            steps=400, learning_rate=1e-3, ramp_start=0.0, ramp_end=0.0, evaluate_every=50
+            steps=400, learning_rate=5e-4, ramp_start=0.0, ramp_end=0.0, evaluate_every=50
         )
     )
 
@@ -93,6 +95,9 @@ def refine(
             the same bits. No longer needed once it has ended.
         seed: of everything random.
         progress: called with (steps done, steps, message).
+
+    Warns:
+        UserWarning: this kind of flow cannot explore, so that rare basins go unwatched.
 
     Raises:
         OutOfReach: the ESS is below a per cent to begin with.
@@ -137,7 +142,7 @@ class _Refiner:
 
     def _claim(self) -> None:
         """Make the directory, or see that what is in it was begun with the same arguments."""
-        facts = {"seed": self.seed, "temperature": self.temperature, "flow": digest_of_weights(self.best)}
+        facts = {"seed": self.seed, "temperature": self.temperature, "flow": flow_digest(self.best)}
         identity, path = json.dumps({**facts, **asdict(self.settings)}), self.directory / IDENTITY
         self.directory.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.read_text("utf-8") != identity:
@@ -151,12 +156,17 @@ class _Refiner:
         """Measure the flow as it came, and what it covers."""
         plain = self._draws("plain_0", self.best)
         if plain.ess < LEAST_ESS:
+            trained = self.best.training_temperature
+            nearer = "" if self.temperature == trained else f", or refine nearer to the {trained:g} K of its training"
             raise OutOfReach(
                 f"{self.temperature:g} K is out of reach of refinement: the ESS of the flow is {100 * plain.ess:.2g} % "
-                f"there, and it takes {100 * LEAST_ESS:g} %; train longer, or refine nearer to the "
-                f"{self.best.training_temperature:g} K that it was trained at"
+                f"there, and it takes {100 * LEAST_ESS:g} %; train longer{nearer}"
             )
-        cover = self._draws("cover", self.best, self.settings.explore)
+        can = self.best.settings.explores
+        if not can:
+            why = cannot_explore(self.best.settings)
+            warnings.warn(f"basins that the flow hardly draws go unwatched: {why}", stacklevel=4)
+        cover = self._draws("cover", self.best, self.settings.explore if can else 0.0)
         if (effective := cover.n_effective + plain.n_effective) < FEWEST:
             raise OutOfReach(
                 f"{2 * self.settings.n} draws at {self.temperature:g} K are worth {effective:.0f}, and refinement "
@@ -182,7 +192,7 @@ class _Refiner:
             frames = joint_frames(self.buffers, self._generator(f"frames {number}"))
             train(
                 flow, frames, self.energy, self.settings.training, directory=folder, progress=report,
-                seed=self._seed(f"training {number}"), temperature=self.temperature, fresh=False,
+                seed=stage_seed(self.seed, f"training {number}"), temperature=self.temperature, fresh=False,
             )  # fmt: skip
             save_flow(flow, path)
         report(steps, steps, "drawing")
@@ -219,23 +229,24 @@ class _Refiner:
                 ).save(path)  # fmt: skip
         return Ensemble.load(path)
 
-    def _seed(self, purpose: str) -> int:
-        return random.Random(f"{self.seed} {purpose}").getrandbits(31)
-
     def _generator(self, purpose: str) -> torch.Generator:
-        return torch.Generator().manual_seed(self._seed(purpose))
+        return torch.Generator().manual_seed(stage_seed(self.seed, purpose))
 
 
 def ess_error(ensemble: Ensemble) -> float:
-    """Standard error of `Ensemble.ess`, to first order in the fluctuations of the mean weight and the mean square.
+    """Standard error of `Ensemble.ess`.
 
-    Too small where a few heavy weights are most of the mean square.
+    To first order in the fluctuations of the mean weight and the mean square, and besides as much as the ESS falls from
+    a tenth of the draws to all of them: where it still falls, the heaviest weights are yet to come.
     """
     n = len(ensemble) + ensemble.n_rejected
     w = torch.exp(ensemble.log_weights - ensemble.log_weights.max())
     mean, square = w.sum() / n, w.square().sum() / n
     pull = 2.0 * w / mean - w.square() / square  # of mean 1, rejected draws as zeros included
-    return ensemble.ess * math.sqrt(max(float(pull.square().sum() / n) - 1.0, 0.0) / n)
+    scatter = ensemble.ess * math.sqrt(max(float(pull.square().sum() / n) - 1.0, 0.0) / n)
+    parts = [w[i::10] for i in range(10)]  # each with a tenth of the rejected draws
+    of_parts = [10.0 / n * float(p.sum().square() / p.square().sum().clamp_min(1e-300)) for p in parts]
+    return math.hypot(scatter, sum(of_parts) / 10.0 - ensemble.ess)
 
 
 def joint_frames(ensembles: Sequence[Ensemble], generator: torch.Generator) -> Frames:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Metrics = Mapping[str, Any]
 
 LOW_ESS, FAR = 0.1, 3.0
+UNSEEN = 0.1
+"""Effective draws below which a basin counts as not seen, where its share is not known to a half of itself either."""
 REMARK = (
     "The effective sample size counts rejected draws as zero weights and clips nothing. Errors are one standard error, "
     "from a bootstrap over the draws. ln Z is that of the flow's internal coordinates, rigid motions integrated out."
@@ -134,43 +136,98 @@ def page(
 
 def summary(metrics: Metrics) -> list[str]:
     """What was reached, in sentences."""
-    hot, cold = metrics["temperature_train_kelvin"], metrics["temperature_target_kelvin"]
+    cold = metrics["temperature_target_kelvin"]
+    jointly = " (that of its positions and momenta)" if metrics.get("n_momenta") else ""
     sentences = [
-        f"The flow was trained at {hot:g} K only and steered to {cold:g} K. Its {metrics['n_draws_target']:,} draws "
-        f"there are worth {percent(metrics['ess_target'])} of as many independent ones; those at {hot:g} K are worth "
-        f"{percent(metrics['ess_train'])}. Every draw knows its exact density, so reweighted figures are free of the "
-        "flow's own errors as long as these numbers are not small."
+        f"{_course(metrics)} Every draw has its exact weight{jointly}, so reweighted figures are free of the flow's "
+        "own errors as long as these numbers are not small."
     ]
     share, error = metrics.get("alpha_left_target"), metrics.get("alpha_left_target_error")
     if share is None or error is None:
         return sentences
-    text = f"alpha_L (0 < phi < 2.4 rad) holds {share_with_error(share, error)} of the molecules at {cold:g} K"
+    text, found = "alpha_L (0 < phi < 2.4 rad)", alpha_left(metrics, "target")
+    seen = alpha_left_bound(metrics, "target") is None
+    text += f" holds {found} of the molecules at {cold:g} K" if seen else f" at {cold:g} K: {found}"
     exact, exact_error = metrics.get("reference_alpha_left"), metrics.get("reference_alpha_left_error")
-    distance = metrics.get("alpha_left_target_deviation")
-    if exact is not None and exact_error is not None and distance is not None:
-        text += f"; a long reference simulation has {share_with_error(exact, exact_error)}, "
-        text += f"{abs(distance):.1f} standard errors away"
+    if exact is not None and exact_error is not None:
+        text += f"; a long reference simulation has {share_with_error(exact, exact_error)}"
+        distance = deviation(metrics)
+        text += "" if distance is None else f", {abs(distance):.1f} standard errors away"
     return [*sentences, text + "."]
+
+
+def _course(metrics: Metrics) -> str:
+    """How the flow came to its temperatures, and what its draws are worth there."""
+    hot, cold = metrics["temperature_train_kelvin"], metrics["temperature_target_kelvin"]
+    worth = f"Its {metrics['n_draws_target']:,} draws there are worth {percent(metrics['ess_target'])} of as many"
+    if hot == cold:
+        return f"The flow was trained at {hot:g} K. {worth} independent ones."
+    steered = "steered to" if metrics.get("steers", True) else "run, though it is of a kind that does not steer, at"
+    at_home = f"those at {hot:g} K are worth {percent(metrics['ess_train'])}."
+    return f"The flow was trained at {hot:g} K only and {steered} {cold:g} K. {worth} independent ones; {at_home}"
+
+
+def share_bound(share: float, error: float, n_effective: float) -> float | None:
+    """Upper bound (95 %, 3/n) on a share of which n effective draws show next to nothing; None where they show it.
+
+    It takes for granted that the draws come from everywhere. 1 where they are too few to say anything.
+    """
+    if share * n_effective >= UNSEEN or error < 0.5 * share:
+        return None
+    return 3.0 / max(n_effective, 3.0)
+
+
+def unseen(n_draws: int, raw: float | None, bound: float) -> str:
+    """What such a bound means, in words; `raw` is the share of the draws as they come."""
+    text = "next to no weight lies there" if raw else f"none of the {n_draws:,} draws lies there"
+    return f"{text}, {'so few that it says nothing' if bound == 1.0 else f'below {percent(bound)} at 95 %'}"
+
+
+def alpha_left_bound(metrics: Metrics, which: str) -> float | None:
+    """`share_bound` of alpha_L in the metrics, "train" or "target"; None also where there is no such share."""
+    share, error = metrics.get(f"alpha_left_{which}"), metrics.get(f"alpha_left_{which}_error")
+    if share is None or error is None:
+        return None
+    n = metrics[f"n_draws_{which}"] + metrics[f"n_rejected_{which}"]
+    return share_bound(share, error, metrics[f"ess_{which}"] * n)
+
+
+def alpha_left(metrics: Metrics, which: str) -> str:
+    """The share of alpha_L in the metrics, with its error or as a bound."""
+    bound = alpha_left_bound(metrics, which)
+    if bound is not None:
+        return unseen(metrics[f"n_draws_{which}"], metrics.get(f"alpha_left_{which}_raw"), bound)
+    return share_with_error(metrics[f"alpha_left_{which}"], metrics[f"alpha_left_{which}_error"])
+
+
+def deviation(metrics: Metrics) -> float | None:
+    """Standard errors by which alpha_L differs from the reference; None where the draws do not show it."""
+    return None if alpha_left_bound(metrics, "target") is not None else metrics.get("alpha_left_target_deviation")
 
 
 def warning_sentences(metrics: Metrics) -> list[str]:
     """What should make a reader careful, in sentences; empty when nothing does."""
     found = []
-    for which in ("target", "train"):
+    same = metrics["temperature_target_kelvin"] == metrics["temperature_train_kelvin"]
+    for which in ("target",) if same else ("target", "train"):
         temperature, ess = metrics[f"temperature_{which}_kelvin"], metrics[f"ess_{which}"]
         if ess < LOW_ESS:
             verdict = "out of reach" if ess < 0.01 else "at the edge of reach"
+            at_home = temperature == metrics["temperature_train_kelvin"]
+            nearer = "" if at_home else ", or ask for a temperature nearer to that of training"
             found.append(
                 f"{temperature:g} K is {verdict} of this flow: the effective sample size is {percent(ess)}. Error bars "
-                "there are themselves uncertain; train longer, or ask for a temperature nearer to that of training."
+                f"there are themselves uncertain; train longer{nearer}."
             )
         largest = metrics.get(f"largest_weight_share_{which}")
         if largest is not None and largest > 0.1:
             found.append(f"One single draw carries {percent(largest)} of the weight at {temperature:g} K.")
     share, error = metrics.get("alpha_left_target"), metrics.get("alpha_left_target_error")
-    if share and error and error > 0.1 * share:
+    if alpha_left_bound(metrics, "target") is not None:
+        found.append(f"alpha_L: {alpha_left(metrics, 'target')}, if the flow does not simply miss it.")
+    elif share and error and error > 0.1 * share:
         found.append(f"The alpha_L share is known to {percent(error / share)} of itself only; more draws narrow it.")
-    distance = metrics.get("alpha_left_target_deviation")
+    distance = deviation(metrics)
     if distance is not None and abs(distance) > FAR:
         found.append(f"The alpha_L share lies {abs(distance):.1f} standard errors from the reference.")
     return found
@@ -193,6 +250,8 @@ def with_error(value: float | None, error: float | None) -> str:
     if error is None or not error > 0.0 or not math.isfinite(error):
         return f"{value:.4g}"
     digits = max(0, 1 - math.floor(math.log10(error)))
+    if digits > 9:  # not a row of zeros
+        return f"{value:.2g} ± {error:.2g}"
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
@@ -229,10 +288,20 @@ def _main_table(metrics: Metrics) -> str:
     if get("alpha_left_target") is not None:
         free = "alpha_left_{}_free_energy_kt", "alpha_left_{}_free_energy_error_kt"
         exact = shares("reference_alpha_left", "reference_alpha_left_error")
+        bound = {w: alpha_left_bound(metrics, w) for w in ("train", "target")}
+
+        def share(w: str) -> str:
+            return shares(f"alpha_left_{w}", f"alpha_left_{w}_error") if bound[w] is None else f"< {percent(bound[w])}"
+
+        def free_energy(w: str) -> str:
+            if bound[w] is not None:
+                return f"> {abs(math.log(bound[w])):.2g}"
+            return with_error(*(get(key.format(w)) for key in free))
+
         rows += [
-            row(f"{ALPHA} share", lambda w: shares(f"alpha_left_{w}", f"alpha_left_{w}_error"), exact),
+            row(f"{ALPHA} share", share, exact),
             row(f"{ALPHA} share as drawn, unweighted", lambda w: percent(get(f"alpha_left_{w}_raw"))),
-            row(f"{ALPHA} free energy [kT]", lambda w: with_error(get(free[0].format(w)), get(free[1].format(w)))),
+            row(f"{ALPHA} free energy [kT]", free_energy),
         ]
     return table(head, rows)
 

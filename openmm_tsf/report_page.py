@@ -5,7 +5,7 @@ CAPTIONS = {
         "Ramachandran maps",
         "Free energy over the two backbone torsions, all panels on one colour scale. The flow has seen only the first "
         "panel. The draws at the target temperature are shown as they come and reweighted; where these two look alike, "
-        "the flow steers well, and the reweighted one is what to use. Blank cells were never visited.",
+        "the flow is good there, and the reweighted one is what to use. Blank cells were never visited.",
     ),
     "phi": (
         "The torsion \N{GREEK SMALL LETTER PHI}",

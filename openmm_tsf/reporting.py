@@ -18,7 +18,7 @@ from .checkpoint import load_flow
 from .ensemble import Ensemble
 from .files import whole, write_text
 from .flow import Flow
-from .report import share_with_error, write_report
+from .report import alpha_left, alpha_left_bound, deviation, share_with_error, write_report
 from .rundir import Progress, Run, RunError
 from .stages import (
     ensemble_name,
@@ -58,7 +58,9 @@ def report_stage(run: Run, progress: Progress | None = None) -> None:
         RunError: there are no ensembles yet.
     """
     if not sample_done(run):
-        raise RunError(f"{run.path} has no ensembles of its flow yet: run the sample stage first")
+        raise RunError(
+            f"{run.path} has no ensembles of its flow yet: run the sample stage first (openmm-tsf sample {run.path})"
+        )
     seed, flow = run.config.seed, load_flow(run.path / "flow.tsf")
     molecule, frames = flow.molecule, training_frames(run, flow.molecule)
     ensembles = [Ensemble.load(run.path / f"{ensemble_name(t)}.npz") for t in temperatures(run)]
@@ -68,7 +70,7 @@ def report_stage(run: Run, progress: Progress | None = None) -> None:
     with run.working("report", progress, lambda: energy.n_evaluations, resumes=False) as report:
         report(0, 4, "figures of the ensembles")
         figures = analysis.metrics(ensembles[0], target, molecule, reference=reference, seed=seed)
-        figures |= _other_targets(ensembles, target, molecule)
+        figures |= _bounds(figures) | _other_targets(ensembles, target, molecule)
         report(1, 4, "observables")
         observables = _observables(flow, energy, ensembles, seed)
         report(2, 4, "pictures")
@@ -92,9 +94,8 @@ def summary(run: Run) -> dict[str, str]:
         f"largest weight, {cold}": f"{100 * found['largest_weight_share_target']:.3g} % of all",
     }
     if found.get("alpha_left_target") is not None:
-        share = share_with_error(found["alpha_left_target"], found["alpha_left_target_error"])
         raw = 100 * found["alpha_left_target_raw"]
-        rows[f"alpha_L share, {cold}"] = f"{share} reweighted, {raw:.3g} % raw"
+        rows[f"alpha_L share, {cold}"] = f"{alpha_left(found, 'target')} reweighted, {raw:.3g} % raw"
     if found.get("reference_alpha_left") is not None:
         exact = share_with_error(found["reference_alpha_left"], found["reference_alpha_left_error"])
         rows["  long reference"] = exact
@@ -148,6 +149,12 @@ def _write(run: Run, figures: dict[str, Any], pictures: dict[str, bytes], name: 
     write_text(run.path / "metrics.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
 
 
+def _bounds(figures: dict[str, Any]) -> dict[str, Any]:
+    """Bounds on the share of alpha_L where the draws do not show it; then there is no deviation from the reference."""
+    found = {f"alpha_left_{which}_upper_bound": alpha_left_bound(figures, which) for which in ("train", "target")}
+    return found | {"alpha_left_target_deviation": deviation(figures)}
+
+
 def _account(run: Run) -> dict[str, Any]:
     """Time, energy evaluations, seed and versions."""
     names = {stage: [stage] for stage in MEASURED} | {"sample": [f"sample {t:g} K" for t in temperatures(run)]}
@@ -166,6 +173,7 @@ def _account(run: Run) -> dict[str, Any]:
 
 def _of_flow(flow: Flow, frames: Frames, target: Ensemble) -> dict[str, Any]:
     facts: dict[str, Any] = {"n_parameters": flow.n_parameters, "n_training_frames": len(frames)}
+    facts |= {"flow_kind": flow.settings.kind, "n_momenta": flow.n_momenta, "steers": flow.settings.steers}
     try:
         phi, _ = analysis.phi_psi(frames.positions, flow.molecule)
         facts["n_phi_transitions_dynamics"] = analysis.count_transitions(phi, frames.n_walkers)

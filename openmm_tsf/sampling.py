@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -12,11 +14,15 @@ import torch
 
 from . import __version__
 from .analysis import alpha_left, phi_psi
+from .architecture import cannot_explore
 from .checkpoint import flow_info, flow_path, load_flow
 from .energy import BatchedEnergy, choose_energy
 from .energy.platforms import available_platforms, n_cores
 from .energy.unsupported import UnsupportedForce
 from .ensemble import Ensemble, draw
+from .flow import FlowSettings
+from .report import share_bound, unseen
+from .settings import EXPLORE
 from .stages import ensemble_name, save_frames
 from .systems import Molecule
 
@@ -26,7 +32,7 @@ SHOWN_VERSIONS = ("torch", "openmm", "openmmtools", "mdtraj", "nglview", "numpy"
 
 
 def sample_to_file(
-    source: str, temperature: float, *, n: int, out: Path | None, at: float | None, explore: float, seed: int,
+    source: str, temperature: float, *, n: int, out: Path | None, at: float | None, explore: float | None, seed: int,
     engine: str | None = None, platform: str | None = None, progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[dict[str, str], Path]:  # fmt: skip
     """Draw an ensemble and write it; everything that can go wrong with the file is tried before the work is done.
@@ -37,17 +43,24 @@ def sample_to_file(
         n: number of draws.
         out: file; its ending says what is written. By default ensemble_<T>K.npz in the present folder.
         at: temperature the flow runs at [K]; by default that of the ensemble.
-        explore: share of the draws spread over all basins.
+        explore: share of the draws spread over all basins; by default a tenth, and none where the flow cannot.
         seed: of the draws.
         engine, platform: as in `choose_energy`.
         progress: told of the draws.
 
     Returns:
         rows to show, and the path written.
+
+    Warns:
+        UserWarning: the flow cannot explore, and it was not said that it should not.
     """
     out = Path(f"{ensemble_name(temperature)}.npz") if out is None else out
     _check_target(out)
     flow = load_flow(flow_path(source))
+    if explore is None:
+        explore = EXPLORE if flow.settings.explores else 0.0
+        if explore == 0.0:
+            warnings.warn(f"no draws explore: {cannot_explore(flow.settings)}", stacklevel=2)
     energy = choose_energy(flow.molecule.system, flow.molecule.positions, n=n, engine=engine, platform=platform)
     generator = torch.Generator().manual_seed(seed)
     begin = time.perf_counter()
@@ -59,7 +72,17 @@ def sample_to_file(
         ensemble.save(out)
     else:
         save_frames(ensemble, flow.molecule, out, generator)
-    return figures(ensemble, flow.molecule) | {"time": f"{seconds:.1f} s ({n / seconds:.0f} draws/s)"}, out
+    rows = figures(ensemble, flow.molecule)
+    if ensemble.sampling_temperature != flow.training_temperature and not flow.settings.steers:
+        rows["steering"] = steering(flow.settings)
+    return rows | {"time": f"{seconds:.1f} s ({n / seconds:.0f} draws/s)"}, out
+
+
+def steering(settings: FlowSettings) -> str:
+    """Whether a flow steers, in words."""
+    if settings.steers:
+        return "exact"
+    return f"none: flows of kind {settings.kind!r} change shape with temperature in ways of their own"
 
 
 def figures(ensemble: Ensemble, molecule: Molecule) -> dict[str, str]:
@@ -76,25 +99,28 @@ def figures(ensemble: Ensemble, molecule: Molecule) -> dict[str, str]:
     except ValueError:  # no residue with both torsions
         return rows
     members = torch.as_tensor(alpha_left(phi)).double()
-    share, error = ensemble.mean(members)
-    raw = 100 * float(members.mean())
-    rows["alpha_L share"] = f"{100 * float(share):.3g} ± {100 * float(error):.2g} % reweighted, {raw:.3g} % raw"
+    share, error = map(float, ensemble.mean(members))
+    raw, bound = float(members.mean()), share_bound(share, error, ensemble.n_effective)
+    found = f"{100 * share:.3g} ± {100 * error:.2g} %" if bound is None else unseen(len(ensemble), raw, bound)
+    rows["alpha_L share"] = f"{found} reweighted, {100 * raw:.3g} % raw"
     return rows
 
 
 def describe_flow(source: str) -> tuple[str, dict[str, str], str]:
     """Title, rows and z-matrix: what a checkpoint says about itself."""
     path = flow_path(source)
-    facts = flow_info(path)
+    facts, flow = flow_info(path), load_flow(path)
+    facts["settings"] = asdict(flow.settings) | {"momenta": flow.settings.has_momenta}
     rows = {
         "molecule": facts["molecule"],
         "trained at": f"{facts['training_temperature']:g} K",
+        "steering": steering(flow.settings),
+        "momenta": f"{flow.n_momenta}, as many as coordinates" if flow.n_momenta else "none",
         "numbers": f"{facts['n_numbers']:,}",
         **{name: ", ".join(f"{k} {v}" for k, v in facts[name].items()) for name in ("settings", "extra", "versions")},
         "sha256": facts["sha256"],
         "format": facts["format"],
     }
-    flow = load_flow(path)
     return str(path), rows, f"{_energy_table(flow.molecule)}\n\ninternal coordinates\n{flow.zmatrix}"
 
 

@@ -6,16 +6,20 @@ is allowed; `openmm_tsf.config` reads and writes files.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from .architecture import cannot_explore
 from .flow import FlowSettings
 from .training import TrainingSettings
 
 MODELS = ("ff96-obc1", "ff99sbildn-obc2", "vacuum")
 TIMESTEP_FS = {False: 1.0, True: 2.0}
 """Default time step [fs] without and with constrained bonds."""
+EXPLORE = 0.1
+"""Share of the draws that explore by default."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +146,13 @@ class SampleSettings:
     Args:
         temperatures: targets [K]; the training temperature is always drawn besides.
         n: valid draws at each temperature.
-        explore: share of the draws spread over all basins of the backbone, so that rare ones are seen often enough.
+        explore: share of the draws spread over all basins of the backbone, so that rare ones are seen often enough; by
+            default a tenth, and none in kinds of flows that cannot.
     """
 
     temperatures: tuple[float, ...] = (300.0,)
     n: int = 100_000
-    explore: float = 0.1
+    explore: float | None = None
 
     def __post_init__(self) -> None:
         if not self.temperatures:
@@ -156,7 +161,7 @@ class SampleSettings:
         if bad:
             raise ValueError(f"temperatures holds {bad[0]:g}: must be finite and above 0 K")
         _at_least(self, 1, "n")
-        if not 0.0 <= self.explore < 1.0:
+        if self.explore is not None and not 0.0 <= self.explore < 1.0:
             raise ValueError(f"explore = {self.explore:g} must be at least 0 and below 1")
 
 
@@ -176,14 +181,24 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed = {self.seed} must lie in 0 ... 2147483647")
-        if self.flow.on_lines and self.train.estimator == "path":
-            raise ValueError(
-                f'train.estimator = "path" is wrong for flow.kind = {self.flow.kind!r}, whose torsions are cut open '
-                'where frames still are: leave it out, or "plain"'
-            )
+        self.train.takes_paths(self.flow.kind, cut=self.flow.on_lines)
+        self._settle_explore()
         if self.simulate.timestep_fs is None:
             step = TIMESTEP_FS[self.molecule.constraints != "none"]
             object.__setattr__(self, "simulate", replace(self.simulate, timestep_fs=step))
+
+    def _settle_explore(self) -> None:
+        share, possible = self.sample.explore, self.flow.explores
+        if share is None:
+            settled = replace(self.sample, explore=EXPLORE if possible else 0.0)
+            object.__setattr__(self, "sample", settled)
+        elif share > 0.0 and not possible:
+            raise ValueError(f"sample.explore = {share:g}: {cannot_explore(self.flow)}; leave it out, or 0")
+
+
+def stage_seed(seed: int, purpose: str) -> int:
+    """A seed for one purpose in 0 ... 2**31 - 1, so that stages do not share random numbers."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:4], "big") >> 1
 
 
 def _above_zero(settings: Any, *names: str) -> None:

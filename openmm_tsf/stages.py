@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .assembly import load_molecule, open_energy, stage_seed, start_flow
+from .assembly import load_molecule, open_energy, start_flow
 from .checkpoint import load_flow, save_flow
 from .dynamics import simulate
 from .energy import BatchedEnergy, OpenMMEnergy
@@ -21,7 +21,7 @@ from .ensemble import Ensemble, draw, to_mdtraj
 from .files import whole
 from .flow import Flow
 from .rundir import Progress, Run, RunError
-from .settings import Config
+from .settings import Config, stage_seed
 from .systems import Molecule
 from .training import train
 from .trajectories import Frames, load_frames
@@ -59,7 +59,9 @@ def train_stage(run: Run, progress: Progress | None = None) -> None:
     if train_done(run):
         return
     if not simulate_done(run):
-        raise RunError(f"{run.path} has no training frames yet: run the simulate stage first")
+        raise RunError(
+            f"{run.path} has no training frames yet: run the simulate stage first (openmm-tsf simulate {run.path})"
+        )
     config, molecule = run.config, load_molecule(run.config.molecule)
     frames = training_frames(run, molecule)
     energy = open_energy(molecule, config.energy, len(frames) + config.train.steps * config.train.batch_draws)
@@ -73,6 +75,17 @@ def train_stage(run: Run, progress: Progress | None = None) -> None:
     (run.path / "training_state.pt").unlink(missing_ok=True)
 
 
+def check_trained(run: Run) -> None:
+    """Raises RunError where there is no trained flow yet."""
+    if not train_done(run):
+        raise RunError(f"{run.path} has no trained flow yet: run the train stage first (openmm-tsf train {run.path})")
+
+
+def file_digest(path: Path) -> str:
+    """What tells a flow's file from others."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
 def train_done(run: Run) -> bool:
     """Whether the trained flow is there."""
     return run.is_done("train", "flow.tsf", "history.json")
@@ -84,8 +97,7 @@ def sample_stage(run: Run, progress: Progress | None = None) -> None:
     Raises:
         RunError: there is no trained flow yet.
     """
-    if not train_done(run):
-        raise RunError(f"{run.path} has no trained flow yet: run the train stage first")
+    check_trained(run)
     missing = [t for t in temperatures(run) if not _ensemble_done(run, t)]
     if not missing:
         return
@@ -160,9 +172,9 @@ def _count_steps(config: Config, n_walkers: int) -> int:
 
 def _ensemble_key(run: Run, temperature: float) -> str:
     """What an ensemble depends on; another key makes it anew."""
-    flow = hashlib.sha256((run.path / "flow.tsf").read_bytes()).hexdigest()
     settings = run.config.sample
-    return f"{flow[:16]} {temperature:g} K n={settings.n} explore={settings.explore:g} seed={run.config.seed}"
+    flow = file_digest(run.path / "flow.tsf")
+    return f"{flow} {temperature:g} K n={settings.n} explore={settings.explore:g} seed={run.config.seed}"
 
 
 def _ensemble_done(run: Run, temperature: float) -> bool:

@@ -118,10 +118,10 @@ def study(
     history = train(flow, frames, energy, training_of(name, steps), directory=directory, seed=seed, progress=progress)
     seconds = time.perf_counter() - begin
     save_flow(flow, directory / "flow.tsf")
-    steers = settings.kind != "real-nvp"
+    curve = energy_curve(flow) if settings.steers else []
     return Study(
         model, name, seed, flow.n_parameters, len(frames), steps, history.n_energy_evaluations, seconds,
-        of_walkers(frames, molecule), *drawn(flow, energy, n_draws, generator), energy_curve(flow) if steers else [],
+        of_walkers(frames, molecule), *drawn(flow, energy, n_draws, generator), curve,
     )  # fmt: skip
 
 

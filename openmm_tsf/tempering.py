@@ -7,7 +7,6 @@ iteration does, state in and state out; `run_tempering` repeats it and keeps the
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ from openmm_tsf.dynamics import default_timestep_fs, molecule_digest
 from openmm_tsf.energy import BatchedEnergy
 from openmm_tsf.energy.platforms import choose_platform
 from openmm_tsf.exchange.contexts import check_flow, read_facts
-from openmm_tsf.flow import Flow
+from openmm_tsf.flow import Flow, flow_digest
 from openmm_tsf.flow_batches import prepare
 from openmm_tsf.flow_steps import COUNTS, FlowSteps, PlacedFlow
 from openmm_tsf.ladder import check_ladder
@@ -259,14 +258,6 @@ class _Counted:
     def __call__(self, x: Tensor) -> Tensor:
         self.n += len(x)
         return self.energy(x)
-
-
-def flow_digest(flow: Flow) -> str:
-    """Short hash of all numbers of a flow."""
-    digest = hashlib.sha256(repr((flow.training_temperature, flow.zmatrix)).encode())
-    for name, tensor in sorted(flow.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _generator(place: torch.device, values: Tensor) -> torch.Generator:

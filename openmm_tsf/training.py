@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .cuts import CutInternals
 from .files import whole, write_text
-from .flow import Flow
+from .flow import Flow, flow_digest
 from .losses import energy_loss, likelihood_loss, slopes_of
 from .pretraining import pretrain
 from .trajectories import Frames
@@ -28,6 +28,9 @@ from .weights import effective_sample_size
 Progress = Callable[[int, int, str], None]
 RECENT = 64
 """Steps whose draws make up the ESS and the energy loss that training reports and judges itself by."""
+
+AT_ONCE = 16384
+"""Frames whose forces are computed between two reports of progress."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,19 @@ class TrainingSettings:
             raise ValueError(f'training setting estimator must be "path" or "plain", not {self.estimator!r}')
         if self.held_out == 0:
             raise ValueError("training setting held_out must be above 0: held-out frames decide when to stop")
+
+    def takes_paths(self, kind: str, *, cut: bool) -> bool:
+        """Whether gradients are path gradients, for a flow of this kind whose torsions are cut open or not.
+
+        Raises:
+            ValueError: they are asked for where they would be wrong.
+        """
+        if cut and self.estimator == "path":
+            raise ValueError(
+                f'estimator = "path" is wrong for flows of kind {kind!r}, whose torsions are cut open where frames '
+                'still are; leave it out, or take "plain"'
+            )
+        return not cut if self.estimator is None else self.estimator == "path"
 
 
 @dataclass
@@ -161,7 +177,7 @@ class _Trainer:
         self.flow = copy.deepcopy(flow).float()
         self.average = copy.deepcopy(self.flow)
         self.optimiser = torch.optim.AdamW(self.flow.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
-        rise = 0.2 if settings.steps == 10 else 0.1  # the schedule divides by rise * steps - 1
+        rise = max(0.1, min(2.0 / settings.steps, 0.9))  # of two steps at least: with one the schedule divides by zero
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimiser, settings.learning_rate, total_steps=settings.steps, pct_start=rise
         )
@@ -172,11 +188,11 @@ class _Trainer:
         self.recent: list[float] = []
         facts = {"seed": seed, "frames": _digest(frames), "temperature": flow.training_temperature}
         facts |= {"flow": asdict(flow.settings), "zmatrix": str(flow.zmatrix), "energies_at": temperature}
-        facts |= {"start": None if fresh else digest_of_weights(flow)}
+        facts |= {"start": None if fresh else flow_digest(flow)}
         self.identity = json.dumps({**facts, **asdict(settings)})
         self.start = self._highest_energy(early)  # clashes of draws are softened from here on
-        self.path = _takes_paths(flow, settings)
-        self.slopes = slopes_of(flow, energy, self.q, self.temperatures) if self.path else None
+        self.path = settings.takes_paths(flow.settings.kind, cut=isinstance(flow.internals, CutInternals))
+        self.slopes: Tensor | None = None
 
     def _highest_energy(self, frames: Frames | Samples) -> float:
         """Highest reduced energy [kT] of a few hundred frames."""
@@ -187,6 +203,8 @@ class _Trainer:
     def run(self, progress: Progress) -> History:
         settings = self.settings
         self.directory.mkdir(parents=True, exist_ok=True)
+        if self.path and self.step < settings.steps and not self.history.stopped_early:
+            self.slopes = self._forces(progress)
         if self.step == 0:
             self.history.n_energy_evaluations = 0 if self.slopes is None else len(self.slopes)
             if self.fresh:
@@ -201,6 +219,15 @@ class _Trainer:
         self._save()
         self.target.load_state_dict(self.best[1])
         return self.history
+
+    def _forces(self, progress: Progress) -> Tensor:
+        """Derivatives (frames, D) of U/kT by the internals, at the frames; they are not kept in files."""
+        slopes: list[Tensor] = []
+        for q, temperatures in zip(self.q.split(AT_ONCE), self.temperatures.split(AT_ONCE), strict=True):
+            done = AT_ONCE * len(slopes)
+            progress(self.step, self.settings.steps, f"forces at the frames, {done:,} of {len(self.q):,}")
+            slopes.append(slopes_of(self.target, self.energy, q, temperatures))
+        return torch.cat(slopes)
 
     def _pretrain(self) -> None:
         start = copy.deepcopy(self.flow)
@@ -320,14 +347,6 @@ def _digest(frames: Frames | Samples) -> str:
     return hashlib.sha256(frames.positions.tobytes() + frames.temperatures.tobytes()).hexdigest()
 
 
-def digest_of_weights(flow: Flow) -> str:
-    """What tells the weights of this flow from others."""
-    digest = hashlib.sha256()
-    for tensor in flow.state_dict().values():
-        digest.update(tensor.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _read_state(path: Path) -> dict[str, Any]:
     """What `_save` wrote; nothing in the file is executed.
 
@@ -342,21 +361,6 @@ def _read_state(path: Path) -> dict[str, Any]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is not a training checkpoint ({reason}); delete it to start again") from error
     return state
-
-
-def _takes_paths(flow: Flow, settings: TrainingSettings) -> bool:
-    """Whether gradients are path gradients.
-
-    Raises:
-        ValueError: they are asked for where they would be wrong.
-    """
-    cut = isinstance(flow.internals, CutInternals)
-    if cut and settings.estimator == "path":
-        raise ValueError(
-            f'estimator = "path" is wrong for flows of kind {flow.settings.kind!r}, whose torsions are cut open where '
-            'frames still are; leave it out, or take "plain"'
-        )
-    return not cut if settings.estimator is None else settings.estimator == "path"
 
 
 def _internals(flow: Flow, frames: Frames | Samples) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,14 @@ from pathlib import Path
 import mdtraj
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from openmm_tsf import __version__, cli, console
+from openmm_tsf import __version__, cli, console, sampling
+from openmm_tsf.checkpoint import save_flow
 from openmm_tsf.ensemble import Ensemble
+from openmm_tsf.flow import FlowSettings, build_flow
+from openmm_tsf.trajectories import load_frames
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("run", "simulate", "train", "sample", "refine", "report", "info")
@@ -137,6 +141,35 @@ def test_sample_at_any_temperature(copied, tmp_path):
     assert f"{100 * ensemble.ess:.3g} %" in result.stdout
 
 
+@pytest.fixture
+def tsf_file(copied, ala2, tmp_path):
+    """An untrained flow of the paper's kind."""
+    frames, size = load_frames(copied / "training.dcd", ala2, 600.0), {"blocks": 1, "hidden": 8, "depth": 1}
+    flow = build_flow(ala2, frames, FlowSettings(kind="tsf", **size), generator=torch.Generator().manual_seed(1))
+    save_flow(flow, tmp_path / "paper.tsf")
+    return tmp_path / "paper.tsf"
+
+
+def test_sample_of_a_flow_that_cannot_explore(tsf_file, tmp_path):
+    rest = ("-T", 600, "-n", 20, "--out", tmp_path / "a.npz")
+    assert "kind 'tsf' have no potentials" in error_of(invoke("sample", tsf_file, *rest, "--explore", 0.1))
+    result = invoke("sample", tsf_file, *rest)
+    assert result.exit_code == 0, result.output
+    assert "warning: no draws explore: flows of kind 'tsf'" in result.stderr
+    assert Ensemble.load(tmp_path / "a.npz").explore == 0.0
+    assert "no draws explore" not in invoke("sample", tsf_file, *rest, "--explore", 0).stderr
+
+
+def test_info_says_whether_a_flow_steers_and_has_momenta(tsf_file, copied):
+    def shown(source) -> str:
+        return " ".join(invoke("info", source).stdout.replace("│", " ").split())
+
+    assert "steering exact momenta 60, as many as coordinates" in shown(tsf_file)
+    assert "momenta True" in shown(tsf_file)
+    assert "steering exact momenta none" in shown(copied)
+    assert sampling.steering(FlowSettings(kind="spline")).startswith("none: flows of kind 'spline'")
+
+
 def test_sample_writes_equally_likely_frames(copied, tmp_path):
     result = invoke("sample", copied / "flow.tsf", "-T", 600, "-n", 60, "--at", 580, "--out", tmp_path / "a.dcd")
     assert result.exit_code == 0, result.output
@@ -240,6 +273,7 @@ def test_ctrl_c_in_a_stage_is_one_line_and_code_130(copied, monkeypatch, stage):
 
 def start(*arguments: object, limit: int | None = None) -> subprocess.Popen:
     def limited() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests in the background may ignore it
         if limit is not None:
             import resource
 

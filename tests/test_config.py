@@ -134,6 +134,35 @@ def test_bad_values_get_one_clear_line(table, words):
     assert all(word in message for word in words), message
 
 
+def test_what_a_table_refuses_is_named_once():
+    for table in ({"flow": {"blocks": 0}}, {"train": {"held_out": 0.0}}):
+        with pytest.raises(ConfigError, match=r"^\[(flow|train)\] (blocks|held_out) must be"):
+            parse_config(table)
+
+
+@pytest.mark.parametrize("kind", ["tsf", "real-nvp", "spline"])
+def test_flows_that_cannot_explore_are_not_asked_to(kind, tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(f'[flow]\nkind = "{kind}"\n')
+    with pytest.warns(UserWarning, match=f"sample.explore is 0 .*kind '{kind}' have no potentials"):
+        config = load_config(path)
+    assert config.sample.explore == 0.0 and parse_config({}).sample.explore == 0.1
+    save_config(config, path)
+    assert load_config(path) == config  # says 0, and warns no more
+    with pytest.raises(ConfigError, match=r"sample.explore = 0.2: flows of kind .*; leave it out, or 0"):
+        parse_config({"flow": {"kind": kind}, "sample": {"explore": 0.2}})
+    with pytest.raises(ConfigError, match="explore = 1 must be at least 0 and below 1"):
+        parse_config({"sample": {"explore": 1.0}})
+
+
+@pytest.mark.parametrize("kind", ["tsf", "real-nvp"])
+def test_path_gradients_are_refused_where_torsions_are_cut_open(kind):
+    with pytest.raises(ConfigError, match=f"wrong for flows of kind '{kind}', whose torsions are cut open"):
+        parse_config({"flow": {"kind": kind}, "train": {"estimator": "path"}})
+    assert parse_config({"flow": {"kind": kind}}).train.estimator is None
+    assert parse_config({"flow": {"kind": "spline"}, "train": {"estimator": "path"}}).train.estimator == "path"
+
+
 def test_errors_name_the_file(tmp_path):
     (tmp_path / "bad.toml").write_text("[simulate\n")
     with pytest.raises(ConfigError, match=r"bad\.toml: not a TOML file"):

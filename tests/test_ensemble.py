@@ -1,7 +1,7 @@
 """Ensembles: weights and ln Z against closed forms, counting of rejections, files."""
 
 import math
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import mdtraj
 import numpy as np
@@ -158,6 +158,14 @@ def test_unreachable_temperature_warns():
     with pytest.warns(UserWarning, match=r"^30 K is out of reach .*trained at 600 K.*run at 600 K: ESS [\d.]+ %"):
         draw(flow, harmonic, temperature=30.0, at=600.0, n=2000, generator=generator(5))
     assert out_of_reach(draw(flow, harmonic, temperature=300.0, n=2000, generator=generator(5))) is None
+
+
+def test_where_the_flow_was_trained_no_nearer_temperature_is_advised():
+    flow = HalfSpaceFlow(1.0, everything_valid=True)
+    cold = draw(flow, harmonic, temperature=300.0, n=2000, generator=generator(5)).reweighted(30.0)
+    assert "nearer to the training temperature or train longer" in out_of_reach(cold, 600.0)
+    at_home = replace(cold, sampling_temperature=30.0)
+    assert out_of_reach(at_home, 30.0).endswith("; train longer")
 
 
 def test_infinite_energy_is_a_zero_weight_and_nan_an_error():

@@ -14,6 +14,7 @@ TESTED = {
     "replica_exchange.py",
     "look.ipynb",
     "ala2.toml",
+    "ala2_accurate.toml",
 }
 
 

@@ -76,6 +76,14 @@ def test_a_free_affine_coupling_visibly_breaks_the_law():
     assert laws.steering_spread(flow, frames(), 300.0, 600.0) > 0.1
 
 
+@pytest.mark.parametrize("kind", ["tsf", "real-nvp", "spline"])
+def test_exploring_is_refused_where_it_would_do_nothing(kind):
+    steered = flow_of("ala2", kind=kind, size=0.0).at(300.0)
+    with pytest.raises(ValueError, match=f"explore = 0.1 is not possible: flows of kind '{kind}' have no potentials"):
+        steered.exploring(0.1)
+    assert steered.exploring(0.0) == steered
+
+
 def test_the_entropy_changes_populations_but_not_the_law():
     """Potential energies, and so heat capacities, that differ from basin to basin: the point of the prior."""
     flow = flow_of("ala2")

@@ -14,7 +14,7 @@ import torch
 from molecules import BEND, CHAIN4, chain4_internals, harmonic_chain4, internals_of, perturbed, seeded
 from typer.testing import CliRunner
 
-from openmm_tsf import cli, pretraining, refinement
+from openmm_tsf import cli, pretraining, refinement, training
 from openmm_tsf.checkpoint import flow_info, load_flow
 from openmm_tsf.coverage import Coverage, find_wells, shares
 from openmm_tsf.ensemble import Ensemble, draw
@@ -151,7 +151,9 @@ def test_flows_with_momenta_are_refined_too(tmp_path, monkeypatch):
     )
     train(flow, frames, two_wells, TrainingSettings(**TRAINING), directory=tmp_path / "first", seed=1)
     settings = few(rounds=1, training={"batch_draws": 32})
-    done = refine(flow, two_wells, COLD, settings, directory=tmp_path / "second", seed=1)
+    with pytest.warns(UserWarning, match="go unwatched: flows of kind 'tsf' have no potentials of torsions"):
+        done = refine(flow, two_wells, COLD, settings, directory=tmp_path / "second", seed=1)
+    assert Ensemble.load(tmp_path / "second" / "cover.npz").explore == 0.0
     assert done.after.ess > done.before.ess
 
 
@@ -168,6 +170,14 @@ def test_the_error_of_the_ess_is_its_scatter(generator):
     assert ess_error(weighed(torch.zeros(50))) == pytest.approx(0.0, abs=1e-7)
     binomial = weighed(torch.zeros(50), n_rejected=150)
     assert ess_error(binomial) == pytest.approx(math.sqrt(0.25 * 0.75 / 200))
+
+
+@pytest.mark.parametrize(("width", "least"), [(0.5, 0.93), (1.5, 0.8)])
+def test_the_error_of_the_ess_covers_it_where_weights_are_heavy(width, least, generator):
+    """exp(-width^2) is the ESS of lognormal weights; to first order alone, 1000 draws cover the wider in 55 %."""
+    many = [weighed(width * torch.randn(1000, generator=generator)) for _ in range(200)]
+    covered = [abs(e.ess - math.exp(-(width**2))) < 2 * ess_error(e) for e in many]
+    assert sum(covered) / len(covered) > least
 
 
 def test_frames_of_several_flows_are_equally_likely_and_the_last_are_the_last_drawn(good, poor):
@@ -210,6 +220,19 @@ def test_energies_are_those_of_the_target(good, tmp_path):
         train(good, frames, two_wells, settings, directory=tmp_path, seed=1, temperature=-5.0)
     with pytest.raises(ValueError, match="belongs to a run with other settings"):  # other weights to start from
         train(perturbed(flow, 0.1), frames, two_wells, settings, directory=folder, seed=1, **more)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 11])
+def test_training_may_be_short_and_tells_of_the_forces_first(steps, good, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "AT_ONCE", 100)
+    flow, frames, seen = copy.deepcopy(good), exact_frames(280, COLD, 4), []
+    train(
+        flow, frames, two_wells, TrainingSettings(**{**TRAINING, "steps": steps}), directory=tmp_path, seed=1,
+        fresh=False, progress=lambda *what: seen.append(what),
+    )  # fmt: skip
+    told = [f"forces at the frames, {done} of 252" for done in (0, 100, 200)]
+    assert seen[:3] == [(0, steps, message) for message in told]
+    assert seen[-1][:2] == (steps, steps) and len(seen) == 3 + steps
 
 
 # --- interrupted and resumed ------------------------------------------------------------------------------------------
@@ -354,6 +377,12 @@ def test_a_target_out_of_reach_is_refused_with_advice(good, tmp_path):
         refine(flow, two_wells, 40.0, few(n=1000), directory=tmp_path, seed=1)
 
 
+def test_at_the_training_temperature_nothing_nearer_is_advised(good, tmp_path, monkeypatch):
+    monkeypatch.setattr(refinement, "LEAST_ESS", 1.1)
+    with pytest.raises(OutOfReach, match=r"600 K is out of reach of refinement: .* takes 110 %; train longer$"):
+        refine(good, two_wells, HOT, few(n=1000), directory=tmp_path, seed=1)
+
+
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
 def test_temperatures_are_above_zero(temperature, good, tmp_path):
     with pytest.raises(ValueError, match="above 0 K"):
@@ -369,7 +398,7 @@ def test_settings_are_checked(wrong):
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
-QUICK = ("-n", 200, "--rounds", 2, "--steps", 4)
+QUICK = ("-n", 400, "--rounds", 2, "--steps", 4)
 
 
 def invoke(*arguments: object):
@@ -393,7 +422,7 @@ def test_the_command_writes_a_flow_to_draw_from(copied, tmp_path):
     result = invoke("refine", copied, "-T", 550, *QUICK)
     assert result.exit_code == 0, result.output
     assert (copied / "flow.tsf").read_bytes() == before
-    assert flow_info(copied / "flow_550K.tsf")["extra"]["refined_at"] == 550.0
+    assert flow_info(copied / "flow_550K.tsf")["extra"]["refined_at"] == [550.0]
     assert load_flow(copied / "flow_550K.tsf").training_temperature == 600.0
     done = Refinement.from_json((copied / "refinement_550K.json").read_text())
     assert done.temperature == 550.0 and 2 <= len(done.rounds) <= 3
@@ -413,12 +442,25 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(copied):
     again = invoke("refine", copied, "-T", 550, *QUICK)
     assert again.exit_code == 0 and again.stdout == first.stdout
     line = error_of(invoke("refine", copied, "-T", 550, "-n", 2000))
-    assert "n was 200 and is now 2000" in line and "delete flow_550K.tsf" in line
+    assert "n was 400 and is now 2000" in line and "delete flow_550K.tsf" in line
     assert (copied / "flow_550K.tsf").read_bytes() == made
     (copied / "flow_550K.tsf").unlink()
     anew = invoke("refine", copied, "-T", 550, "-n", 2000, *QUICK[2:])
     assert anew.exit_code == 0, anew.output
     assert (copied / "flow_550K.tsf").read_bytes() != made
+
+
+def test_one_refinement_goes_on_from_another(copied, monkeypatch):
+    monkeypatch.setattr(refinement, "FEWEST", 1)
+    line = error_of(invoke("refine", copied, "-T", 550, "--after", 600, *QUICK))
+    assert "no flow refined at 600 K to go on from" in line and f"openmm-tsf refine {copied} --temperature 600" in line
+    hot = invoke("refine", copied, "-T", 600, *QUICK)
+    assert hot.exit_code == 0 and "draw from the flow" not in " ".join(hot.stdout.replace("│", " ").split())
+    assert "of 600 K itself" in error_of(invoke("refine", copied, "-T", 600, "--after", 600, *QUICK))
+    result = invoke("refine", copied, "-T", 550, "--after", 600, *QUICK)
+    assert result.exit_code == 0, result.output
+    assert flow_info(copied / "flow_550K.tsf")["extra"]["refined_at"] == [600.0, 550.0]
+    assert "flow was" in error_of(invoke("refine", copied, "-T", 550, *QUICK))  # not what it was made from
 
 
 def test_an_interrupted_command_goes_on(copied, monkeypatch):
@@ -446,7 +488,9 @@ def test_bad_input_is_one_line(copied, tiny_run, tmp_path, monkeypatch):
     assert "out of reach of refinement" in error_of(invoke("refine", copied, "-T", 300, *QUICK))
     assert not (copied / "refine_300K").exists()
     (copied / "flow.tsf").unlink()
-    assert "has no trained flow yet" in error_of(invoke("refine", copied, "-T", 300))
+    assert f"has no trained flow yet: run the train stage first (openmm-tsf train {copied})" in error_of(
+        invoke("refine", copied, "-T", 300)
+    )
 
 
 def test_batches_are_those_of_the_run(copied):

@@ -124,6 +124,44 @@ def test_weak_figures_are_called_so(changes, expected):
     assert report.warning_sentences(metrics()) == []
 
 
+def test_at_the_training_temperature_nothing_nearer_is_advised():
+    (sentence,) = report.warning_sentences(metrics(temperature_target_kelvin=600.0, ess_target=0.05, ess_train=0.05))
+    assert "train longer." in sentence and "nearer" not in sentence
+    (text, _) = report.summary(metrics(temperature_target_kelvin=600.0))
+    assert (
+        text.startswith("The flow was trained at 600 K. Its 100,000 draws there are worth 55") and "steer" not in text
+    )
+
+
+def test_flows_that_do_not_steer_are_not_said_to():
+    assert "trained at 600 K only and steered to 300 K" in report.summary(metrics())[0]
+    text = report.summary(metrics(steers=False, n_momenta=60))[0]
+    assert "run, though it is of a kind that does not steer, at 300 K" in text
+    assert "exact weight (that of its positions and momenta)" in text
+
+
+@pytest.mark.parametrize(
+    ("share", "error", "raw", "words"),
+    [
+        (0.0, 0.0, 0.0, "none of the 100,000 draws lies there"),
+        (3e-102, 2.9e-102, 1e-5, "next to no weight lies there"),
+    ],
+)
+def test_a_basin_that_was_not_drawn_has_a_bound_and_no_deviation(share, error, raw, words):
+    """3 over the effective draws: 55 % of 100,321."""
+    gone = {"alpha_left_target": share, "alpha_left_target_error": error, "alpha_left_target_raw": raw}
+    found = metrics(**gone, alpha_left_target_deviation=-52.0, alpha_left_target_free_energy_kt=None)
+    assert report.alpha_left_bound(found, "target") == pytest.approx(3 / 55_176.55)
+    assert report.alpha_left_bound(found, "train") is None
+    assert report.deviation(found) is None
+    text = "".join(Checker(page(metrics=found)).words)
+    assert f"{words}, below 0.00544\u00a0% at 95 %; a long reference simulation has 0.2620" in text
+    assert "if the flow does not simply miss it" in text and "> 9.8" in text
+    assert "52" not in text.split("How this was made")[0] and "standard errors" not in text and "0000000" not in text
+    assert report.share_bound(0.0, 0.0, 1.5) == 1.0  # too few to say anything
+    assert report.share_bound(1e-6, 1e-7, 50_000.0) is None  # rare, and well known from exploring draws
+
+
 def test_page_without_reference_backbone_or_weights():
     gone = {key: None for key in metrics() if key.startswith(("reference", "ramachandran", "alpha_left"))}
     gone |= {"largest_weight_share_target": None, "ess_target": 0.0, "log_z_target_nat": None}
@@ -139,6 +177,7 @@ def test_values_carry_two_digits_of_their_error():
     assert report.with_error(12.34567, 23.4) == "12 ± 23"
     assert report.with_error(12.34567, None) == report.with_error(12.34567, math.nan) == "12.35"
     assert report.with_error(None, None) == "-"
+    assert report.with_error(3.2e-100, 2.5e-100) == "3.2e-100 ± 2.5e-100"
     assert report.percent(0.5678) == "56.8\u00a0%"
 
 
