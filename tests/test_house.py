@@ -23,11 +23,12 @@ LAYERS = {
     1: "geometry nets potentials transforms splines priors architecture vectors weights swaps metropolis proposals "
     "wells",
     2: "systems molfiles dcd trajectories chart zmatrix internals cuts energy torsions reference",
-    3: "flow",
+    3: "flow tuning",
     4: "constraints langevin walkers batched_walkers dynamics losses pretraining training ensemble checkpoint settings "
     "config rundir flow_steps flow_batches records exchange ladder tempering tempering_storage exchange_settings "
     "coverage refinement_record refinement wells_study",
-    5: "analysis mbar multistate canvas series plotting wells_plots portraits steering_study steering_plots "
+    5: "analysis accuracy accuracy_table "
+    "mbar multistate canvas series plotting wells_plots portraits steering_study steering_plots "
     "report report_page notebook "
     "exchange_plots exchange_facts exchange_page exchange_report exchange_stage "
     "assembly stages refine_stage reporting sampling console cli __main__",
