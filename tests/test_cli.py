@@ -307,6 +307,7 @@ def test_a_real_ctrl_c_loses_nothing(tiny_file, tiny_run, tmp_path):
     assert (out / "training.dcd").read_bytes() == (tiny_run / "training.dcd").read_bytes()
 
 
+@pytest.mark.slow  # test_dynamics has full disks, test_a_real_ctrl_c has the command's way back
 @pytest.mark.skipif(os.name != "posix", reason="needs a limit on the size of files")
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tiny_file, tiny_run, tmp_path):
     out = tmp_path / "run"

@@ -122,7 +122,7 @@ def check_run(folder, molecule, n=120):
     assert (folder / "report.html").is_file()
 
 
-@pytest.mark.parametrize("platform", ["CPU", "Reference"])
+@pytest.mark.parametrize("platform", ["CPU", pytest.param("Reference", marks=pytest.mark.slow)])
 def test_every_stage_runs_on_openmm(tmp_path, ala2, tiny_toml, platform, monkeypatch):
     monkeypatch.setattr("openmm_tsf.energy.engines.BatchedEnergy", None)  # nothing may fall back to it
     folder = whole_run(tmp_path / "run", tiny_toml, EnergySettings(engine="openmm", platform=platform))

@@ -125,6 +125,7 @@ def test_mixed_with_dynamics_the_angle_keeps_its_distribution(omt, trimer_file):
     assert float(laws.deviations(series, moments(factor=False))[1]) < -4.5
 
 
+@pytest.mark.slow
 def test_an_external_field_is_sampled_at_fixed_orientation(omt, trimer_file):
     """A field on the last atom. As the moves turn nothing, the distribution of the angle at an orientation is known."""
     strength, internals, system = 40.0, internals_of("rigid trimer"), light_trimer()
