@@ -6,7 +6,6 @@ for comparison. C. Durkan et al., arXiv 1906.04032; on the circle D. J. Rezende 
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Sequence
 
@@ -23,8 +22,6 @@ SMALLEST_BIN = 2.0**-10
 """Least width and height of a bin, as a share of the box; a power of 2, so that it is the same in any precision."""
 LARGEST_LOG_SLOPE = 4.0
 """Slopes at knots lie within exp(+-this)."""
-WIDEST = 1 << 14
-"""Hidden units beyond which `width_for` does not look."""
 
 
 def rational_quadratic(
@@ -172,21 +169,3 @@ def spline_layers(
             coupling = SplineCoupling(n_stiff, n_soft, change, bins=bins, bound=bound, **size)
             layers.append(coupling)
     return layers
-
-
-def width_for(n_parameters: int, n_stiff: int, n_soft: int, *, blocks: int, depth: int, bins: int = 8) -> int:
-    """The largest `hidden` with which `spline_layers` have at most so many parameters.
-
-    Raises:
-        ValueError: even one hidden unit is too many.
-    """
-
-    def count(hidden: int) -> int:
-        with torch.device("meta"):  # shapes alone: neither memory nor random numbers
-            layers = spline_layers(n_stiff, n_soft, blocks=blocks, hidden=hidden, depth=depth, bins=bins)
-        return sum(p.numel() for layer in layers for p in layer.parameters())
-
-    hidden = bisect.bisect_right(range(1, WIDEST), n_parameters, key=count)
-    if hidden == 0:
-        raise ValueError(f"{n_parameters} parameters are too few: with one hidden unit there are {count(1)}")
-    return hidden

@@ -12,6 +12,7 @@ TESTED = {
     "figure3.py",
     "own_molecule.py",
     "replica_exchange.py",
+    "temperature_tuning.py",
     "look.ipynb",
     "ala2.toml",
     "ala2_accurate.toml",
@@ -86,6 +87,19 @@ def test_replica_exchange():
         mean, error = map(float, found.groups())
         assert abs(mean - exact) < 5.0 * error < 30.0
     assert "60 frames at 300 K" in printed
+
+
+def test_temperature_tuning(tmp_path):
+    """Medians at M = 10: a wide gap is cooled to 0.62, a narrow one heated to 1.47; see tests/test_two_level.py."""
+    few = ("--replicates", 5, "--grid", 9, "--sides", 3)
+    printed = run(EXAMPLES / "temperature_tuning.py", *few, "--out", tmp_path)
+    medians = re.findall(r"gap ([\d.]+): median t\* = ([\d.]+) at M = 10, ([\d.]+) at", printed)
+    found = {float(gap): (float(few), float(many)) for gap, few, many in medians}
+    assert abs(found[9.0][0] - 0.62) < 0.06 and abs(found[4.0][0] - 1.47) < 0.25
+    assert all(abs(many - 1.0) < 0.05 for _, many in found.values())
+    assert number(r"3 x 3, T = 4.4, M = 100: median t\* = ([\d.]+)", printed) > 1.05
+    names = ("divergences.png", "levels.png", "sizes.png", "phases.png", "ising.png")
+    assert all((tmp_path / name).stat().st_size > 20_000 for name in names)
 
 
 def test_notebook_runs():

@@ -132,6 +132,16 @@ def test_few_samples_are_cooled_below_and_heated_above_the_critical_temperature(
     assert medians[2.0] < 0.9 and medians[4.4] > 1.2
 
 
+def test_training_data_say_nothing_about_t_prime():
+    """At maximum likelihood <Ehat> over the data is that over the model, so that t' of the data is 1."""
+    spins = sample_spins(NINE, 60, temperature=4.4, generator=seeded(8))
+    fit = fit_ising(spins)
+    states, own = fit.against(NINE, 4.4), brute_energies(fit.couplings, spins)
+    assert not fit.pseudocount
+    assert abs(optimal_sampling_temperature(states, held_out=own, n_replicates=0).t_prime.value - 1.0) < 1e-6
+    assert optimal_sampling_temperature(states).t_prime.value > 1.2
+
+
 def test_sixteen_spins_in_two_seconds():
     lattice = square_lattice(4)
     spins = sample_spins(lattice, 500, temperature=2.6, generator=seeded(7))

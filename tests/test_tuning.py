@@ -334,3 +334,16 @@ def test_bad_input(call, message):
 def test_diagnostics_read_as_a_sentence():
     text = str(temperature_diagnostics(gaussian(4000)))
     assert "lower the temperature for fidelity" in text and "raise it for diversity" in text
+
+
+def test_intervals_do_not_shift_with_the_grid():
+    """Zeros of replicates are interpolated between grid points; the error of that must not look like statistics."""
+    wide = torch.tensor([1 / 0.6, 1 / 1.5], dtype=torch.float64)
+    x = torch.randn(5000, 10, 2, generator=seeded(3), dtype=torch.float64)
+    samples = ScoredSamples(0.5 * x.square().sum((1, 2)), 0.5 * (x.square() * wide).sum((1, 2)))
+    fine, coarse = (
+        optimal_sampling_temperature(samples, temperatures=grid).t_star for grid in (None, [0.7, 0.8, 0.95, 1.1, 1.4])
+    )
+    width = fine.interval[1] - fine.interval[0]
+    assert coarse.value == pytest.approx(fine.value, abs=1e-9)
+    assert coarse.interval == pytest.approx(fine.interval, abs=0.1 * width)

@@ -1,4 +1,4 @@
-"""The two-level model: golden numbers, closed forms against grids, medians of the literature, and the phase picture."""
+"""The two-level model: golden numbers, closed forms against grids, medians had elsewhere, and the phase picture."""
 
 import math
 
@@ -9,7 +9,7 @@ from molecules import seeded
 from openmm_tsf.tuning import optimal_sampling_temperature, temperature_diagnostics
 from openmm_tsf.tuning.two_level import TwoLevel, critical_gap, fit_two_level, median_interval, phase_picture
 
-MEDIANS = {  # arXiv 2512.09152, 20 ground and 80 excited states: median t* at M = 10, 50, 300, 1000, 10^4
+MEDIANS = {  # another program for the same rule; 20 ground and 80 excited states: median t* at M = 10, 50, 300, 1000, 10^4
     9.0: (0.62, 0.62, 0.79, 0.92, 1.00),
     6.0: (0.93, 0.95, 1.00, 1.00, 1.00),
     4.0: (1.47, 1.57, 1.01, 1.01, 1.00),
@@ -84,7 +84,7 @@ def test_closed_forms_are_zeros_and_minima_of_the_enumeration(gap, m):
         assert found.diversity == ("lower" if prime < 1.0 else "raise")
 
 
-def test_medians_are_those_of_the_literature():
+def test_medians_are_those_of_another_program():
     """Within the spread over replicates; to two digits, the interval of the median allowing for both sides' noise."""
     picture = phase_picture(20, 80, list(MEDIANS), SIZES, n_replicates=200, generator=seeded(11))
     expected = torch.tensor(list(MEDIANS.values()))

@@ -119,11 +119,12 @@ def optimal_sampling_temperature(
     trusted, n_effective = _trusted(samples, grid)
     fidelity = values.target - values.model / grid - values.log_z + target[0]
     diversity = target_mean / grid + values.log_z - target[0] - target[2]
-    star = _minimum(samples, grid[trusted], fidelity[trusted], _slopes(values, None)[trusted], None)
-    prime = _minimum(samples, grid[trusted], diversity[trusted], _slopes(values, target_mean)[trusted], target_mean)
+    slopes = [_slopes(values, mean)[trusted] for mean in (None, target_mean)]
+    star = _minimum(samples, grid[trusted], fidelity[trusted], slopes[0], None)
+    prime = _minimum(samples, grid[trusted], diversity[trusted], slopes[1], target_mean)
     roots = [None if found is None else Root(found, (math.nan, math.nan), math.nan) for found in (star, prime)]
     if n_replicates and not (samples.exact and held_out is None):
-        roots = _intervals(roots, draws, grid[trusted], held_out, (confidence, n_replicates, generator))
+        roots = _intervals(roots, slopes, draws, grid[trusted], held_out, (confidence, n_replicates, generator))
     log_w = samples.log_base - samples.target_energy
     return OptimalTemperature(
         *roots, _statement(roots, grid[trusted], values, target_mean, trusted),
@@ -211,7 +212,7 @@ def _minimum(samples: ScoredSamples, ts: Grid, curve: Grid, slopes: Grid, target
 
 
 def _intervals(
-    roots: list[Root | None], draws: list[ScoredSamples], ts: Grid, held_out: Tensor | None,
+    roots: list[Root | None], slopes: list[Grid], draws: list[ScoredSamples], ts: Grid, held_out: Tensor | None,
     rule: tuple[float, int, torch.Generator | None],
 ) -> list[Root | None]:  # fmt: skip
     """The roots with bootstrap intervals: of each replicate, the zero of its slope nearest to the root."""
@@ -231,11 +232,13 @@ def _intervals(
             found[1].append(_slopes(values, own[:, None]))
             done += len(mean)
     results = []
-    for root, slopes in zip(roots, found, strict=True):
-        if root is None or not slopes:
+    for root, own, replicated in zip(roots, slopes, found, strict=True):
+        if root is None or not replicated:
             results.append(root)
             continue
-        replicates = _nearest_zeros(ts, torch.cat(slopes), root.value)
+        # interpolation errs alike in all of them
+        off = root.value / float(_nearest_zeros(ts, own[None], root.value))
+        replicates = off * _nearest_zeros(ts, torch.cat(replicated), root.value)
         share = float(torch.isnan(replicates).double().mean())
         results.append(Root(root.value, interval(replicates, confidence), share))
     return results
