@@ -9,7 +9,7 @@ from molecules import seeded
 from openmm_tsf.tuning import optimal_sampling_temperature, temperature_diagnostics
 from openmm_tsf.tuning.two_level import TwoLevel, critical_gap, fit_two_level, median_interval, phase_picture
 
-MEDIANS = {  # another program for the same rule; 20 ground and 80 excited states: median t* at M = 10, 50, 300, 1000, 10^4
+MEDIANS = {  # another program, the same rule; 20 ground, 80 excited states: median t* at M = 10, 50, 300, 1000, 10^4
     9.0: (0.62, 0.62, 0.79, 0.92, 1.00),
     6.0: (0.93, 0.95, 1.00, 1.00, 1.00),
     4.0: (1.47, 1.57, 1.01, 1.01, 1.00),
