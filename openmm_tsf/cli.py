@@ -1,4 +1,4 @@
-"""The command line: `openmm-tsf run | simulate | train | sample | refine | exchange | report | info`.
+"""The command line: `openmm-tsf run | simulate | train | sample | refine | tune | exchange | report | info`.
 
 Nothing heavy is imported before a command runs, so that --help answers at once.
 """
@@ -6,24 +6,20 @@ Nothing heavy is imported before a command runs, so that --help answers at once.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .cli_base import Debug, Out, Seed, Source, examples, kelvin, open_source
+from .cli_flows import REFINE_EXAMPLES, TUNE_EXAMPLES, refine, tune
 from .console import friendly, say, table
 
 if TYPE_CHECKING:
     from .rundir import Run
 
 
-def _examples(*lines: str) -> str:
-    """Lines to end a help text with, comments dimmed."""
-    shown = [f"[dim]{line}[/dim]" if line.startswith("#") else line for line in lines]
-    return "\n".join(["[b]Examples[/b]", *shown])
-
+LOST = "With openmmtools, those since the last stored frame are done again after Ctrl-C."
 
 app = typer.Typer(
     name="openmm-tsf",
@@ -33,15 +29,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Source = Annotated[
-    Path,
-    typer.Argument(metavar="CONFIG.toml|DIR", help="Configuration of the run; or its directory, to go on with it."),
-]
-Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Run directory; made if it is not there.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of every stage, in place of the configuration's.")]
-LOST = "With openmmtools, those since the last stored frame are done again after Ctrl-C."
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def main() -> None:
@@ -60,17 +47,8 @@ def _version(wanted: bool) -> bool:
     return wanted
 
 
-def _kelvin(value: float | None) -> float | None:
-    from .units import to_kelvin
-
-    try:
-        return None if value is None else to_kelvin(value)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
 @app.callback(
-    epilog=_examples(
+    epilog=examples(
         "# a weighted ensemble in seconds, from the flow that ships with the package",
         "openmm-tsf sample ala2 --temperature 300",
         "# the whole job, from 600 K dynamics to report.html",
@@ -97,7 +75,7 @@ def _app(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "openmm-tsf run examples/ala2.toml --out runs/ala2",
         "openmm-tsf run examples/ala2.toml --out runs/ala2-seed2 --seed 2",
         "# go on with what is there",
@@ -113,44 +91,46 @@ def run(source: Source, out: Out = None, seed: Seed = None, debug: Debug = False
     ensemble_300K.dcd (equally likely frames), pictures, report.html and
     metrics.json.
     """
-    with _opened(source, out, seed) as opened:
+    with open_source(source, out, seed) as opened:
         for name in ("simulate", "train", "sample", "report"):
             _do(opened, name)
         _summary(opened)
 
 
-@app.command(epilog=_examples("openmm-tsf simulate examples/ala2.toml --out runs/ala2"))
+@app.command(epilog=examples("openmm-tsf simulate examples/ala2.toml --out runs/ala2"))
 @friendly
 def simulate(source: Source, out: Out = None, seed: Seed = None, debug: Debug = False) -> None:
     """Make the training frames: dynamics, or a checked copy of your own trajectory."""
-    with _opened(source, out, seed) as opened:
+    with open_source(source, out, seed) as opened:
         _do(opened, "simulate")
 
 
-@app.command(epilog=_examples("openmm-tsf train runs/ala2"))
+@app.command(epilog=examples("openmm-tsf train runs/ala2"))
 @friendly
 def train(source: Source, out: Out = None, seed: Seed = None, debug: Debug = False) -> None:
     """Train the flow on the frames of the run directory; writes flow.tsf."""
-    with _opened(source, out, seed) as opened:
+    with open_source(source, out, seed) as opened:
         _do(opened, "train")
 
 
-@app.command(epilog=_examples("openmm-tsf report runs/ala2"))
+@app.command(epilog=examples("openmm-tsf report runs/ala2"))
 @friendly
 def report(source: Source, out: Out = None, debug: Debug = False) -> None:
     """Draw the pictures and write report.html and metrics.json anew."""
-    with _opened(source, out, None) as opened:
+    with open_source(source, out, None) as opened:
         _do(opened, "report", again=True)
         _summary(opened)
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "openmm-tsf sample ala2 --temperature 300",
         "# draws with their weights",
         "openmm-tsf sample runs/ala2 --temperature 350 -n 50000 --out at350.npz",
         "# equally likely frames, resampled from the draws",
         "openmm-tsf sample flow.tsf --temperature 300 --out at300.dcd",
+        "# run at the temperature at which the flow is closest to 300 K",
+        "openmm-tsf sample runs/ala2 --temperature 300 --tuned",
         "# the ensembles of the run's own configuration",
         "openmm-tsf sample runs/ala2",
     )
@@ -161,7 +141,7 @@ def sample(
         str, typer.Argument(metavar="FLOW", help="A checkpoint, a run directory, or a pretrained flow: ala2.")
     ],
     temperature: Annotated[
-        float | None, typer.Option("--temperature", "-T", callback=_kelvin, help="Of the ensemble, K; any you like.")
+        float | None, typer.Option("--temperature", "-T", callback=kelvin, help="Of the ensemble, K; any you like.")
     ] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Number of draws.")] = 10_000,
     out: Annotated[
@@ -174,8 +154,11 @@ def sample(
         ),
     ] = None,
     at: Annotated[
-        float | None, typer.Option(callback=_kelvin, help="Run the flow at this temperature, K, and reweight.")
+        float | None, typer.Option(callback=kelvin, help="Run the flow at this temperature, K, and reweight.")
     ] = None,
+    tuned: Annotated[
+        bool, typer.Option("--tuned", help="Run it at t* of `openmm-tsf tune`, which is found where it is not there.")
+    ] = False,
     explore: Annotated[
         float | None,
         typer.Option(
@@ -192,10 +175,12 @@ def sample(
     debug: Debug = False,
 ) -> None:
     """Draw a weighted ensemble at any temperature, and say how far to trust it."""
+    if tuned and at is not None:
+        raise typer.BadParameter("a flow runs at one temperature: --at or --tuned", param_hint="--tuned")
     if temperature is None:
-        if not Path(source, "config.toml").is_file():
+        if tuned or not Path(source, "config.toml").is_file():
             raise typer.BadParameter("say which, in K", param_hint="--temperature")
-        with _opened(Path(source), None, None) as opened:
+        with open_source(Path(source), None, None) as opened:
             _do(opened, "sample")
         return
     from .console import Bar
@@ -203,56 +188,18 @@ def sample(
 
     with Bar("sample") as bar:
         rows, path = sample_to_file(
-            source, temperature, n=n, out=out, at=at, explore=explore, seed=seed, engine=engine, platform=platform,
-            progress=bar,
+            source, temperature, n=n, out=out, at=at, tuned=tuned, explore=explore, seed=seed, engine=engine,
+            platform=platform, progress=bar,
         )  # fmt: skip
     table(f"{path} at {temperature:g} K", rows)
 
 
-@app.command(
-    epilog=_examples(
-        "openmm-tsf refine runs/ala2 --temperature 300",
-        "# first at the temperature of training, which helps at all others",
-        "openmm-tsf refine runs/ala2 --temperature 600 -n 300000 --rounds 2 --steps 1500",
-        "openmm-tsf refine runs/ala2 --temperature 300 --after 600",
-        "# then draw from what it wrote",
-        "openmm-tsf sample runs/ala2/flow_300K.tsf --temperature 300",
-    )
-)
-@friendly
-def refine(
-    source: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory with a trained flow.")],
-    temperature: Annotated[float, typer.Option("--temperature", "-T", callback=_kelvin, help="Of the target, K.")],
-    n: Annotated[int | None, typer.Option("-n", min=100, help="Draws of each round; by default 50000.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds at most; by default 6.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps of a round; by default 400.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Largest of a round; by default 0.0005.")] = None,
-    after: Annotated[
-        float | None, typer.Option(callback=_kelvin, help="Go on from the flow refined at so many K.")
-    ] = None,
-    debug: Debug = False,
-) -> None:
-    """Make the flow better at one temperature, with energies there; optional.
-
-    Writes flow_300K.tsf and refinement_300K.json beside flow.tsf, which stays
-    as it is. Rounds of drawing, weighing and training go on until the ESS of
-    fresh draws stops rising. A round that loses part of the molecule's
-    conformations is undone. A flow that steers goes on steering exactly.
-    """
-    from .console import Bar
-    from .refine_stage import flow_file, refine_stage, settings_of, summary
-
-    if not source.is_dir():
-        raise ValueError(f"{source} is not a run directory; `openmm-tsf run CONFIG.toml --out DIR` makes one")
-    with _opened(source, None, None) as opened:
-        settings = settings_of(opened, n=n, rounds=rounds, steps=steps, learning_rate=learning_rate)
-        with Bar("refine") as bar:
-            done = refine_stage(opened, temperature, settings, bar, after=after)
-        table(str(flow_file(opened, temperature)), summary(opened, done))
+app.command(epilog=REFINE_EXAMPLES)(refine)
+app.command(epilog=TUNE_EXAMPLES)(tune)
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "openmm-tsf exchange ala2 --out exchanges/ala2",
         "# longer: what is there goes on",
         "openmm-tsf exchange exchanges/ala2 -n 4000",
@@ -275,8 +222,8 @@ def exchange(
     temperatures: Annotated[
         str | None, typer.Option(metavar="T,T,...", help="The ladder, K, ascending; or one is made of the next four.")
     ] = None,
-    lowest: Annotated[float | None, typer.Option(callback=_kelvin, help="Lowest one, K; by default 300.")] = None,
-    highest: Annotated[float | None, typer.Option(callback=_kelvin, help="Highest one, K; by default 600.")] = None,
+    lowest: Annotated[float | None, typer.Option(callback=kelvin, help="Lowest one, K; by default 300.")] = None,
+    highest: Annotated[float | None, typer.Option(callback=kelvin, help="Highest one, K; by default 600.")] = None,
     levels: Annotated[int | None, typer.Option(min=2, help="Number of temperatures; by default 5.")] = None,
     ladder: Annotated[
         str | None, typer.Option(help="geometric (default); or flow: equal acceptance by the flow's free energies.")
@@ -325,7 +272,7 @@ def exchange(
     table(f"{directory}/exchange.html", summary(found))
 
 
-@app.command(epilog=_examples("openmm-tsf info", "openmm-tsf info runs/ala2/flow.tsf"))
+@app.command(epilog=examples("openmm-tsf info", "openmm-tsf info runs/ala2/flow.tsf"))
 @friendly
 def info(
     source: Annotated[
@@ -340,31 +287,6 @@ def info(
     table(title, rows)
     if more:
         typer.echo(more)
-
-
-@contextmanager
-def _opened(source: Path, out: Path | None, seed: int | None) -> Iterator[Run]:
-    """The run directory that the arguments mean."""
-    from dataclasses import replace
-
-    from .config import load_config
-    from .rundir import open_run
-
-    if source.is_dir():
-        if out is not None and out.resolve() != source.resolve():
-            raise typer.BadParameter(
-                f"{source} is a run directory already: give a CONFIG.toml, or no --out", param_hint="--out"
-            )
-        directory, config = source, None if seed is None else load_config(source / "config.toml")
-    else:
-        config = load_config(source)
-        if out is None:
-            raise typer.BadParameter("say where the run goes: --out DIR", param_hint="--out")
-        directory = out
-    if seed is not None:
-        config = replace(config, seed=seed)
-    with open_run(directory, config) as opened:
-        yield opened
 
 
 def _do(opened: Run, name: str, again: bool = False) -> None:

@@ -25,6 +25,7 @@ from .report import share_bound, unseen
 from .settings import EXPLORE
 from .stages import ensemble_name, save_frames
 from .systems import Molecule
+from .tune_stage import tuned_temperature
 
 FRAME_FORMATS = (".dcd", ".xtc", ".trr", ".nc", ".pdb", ".gro", ".xyz")
 """Endings that get equally likely frames; only .npz gets the draws with their weights."""
@@ -33,7 +34,8 @@ SHOWN_VERSIONS = ("torch", "openmm", "openmmtools", "mdtraj", "nglview", "numpy"
 
 def sample_to_file(
     source: str, temperature: float, *, n: int, out: Path | None, at: float | None, explore: float | None, seed: int,
-    engine: str | None = None, platform: str | None = None, progress: Callable[[int, int, str], None] | None = None,
+    tuned: bool = False, engine: str | None = None, platform: str | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[dict[str, str], Path]:  # fmt: skip
     """Draw an ensemble and write it; everything that can go wrong with the file is tried before the work is done.
 
@@ -45,6 +47,7 @@ def sample_to_file(
         at: temperature the flow runs at [K]; by default that of the ensemble.
         explore: share of the draws spread over all basins; by default a tenth, and none where the flow cannot.
         seed: of the draws.
+        tuned: the flow runs at t* times the temperature, see `tuned_temperature`.
         engine, platform: as in `choose_energy`.
         progress: told of the draws.
 
@@ -63,6 +66,9 @@ def sample_to_file(
             warnings.warn(f"no draws explore: {cannot_explore(flow.settings)}", stacklevel=2)
     energy = choose_energy(flow.molecule.system, flow.molecule.positions, n=n, engine=engine, platform=platform)
     generator = torch.Generator().manual_seed(seed)
+    how = ""
+    if tuned:
+        at, how = tuned_temperature(source, flow, energy, temperature, seed, progress)
     begin = time.perf_counter()
     ensemble = draw(
         flow, energy, temperature=temperature, n=n, generator=generator, at=at, explore=explore, progress=progress
@@ -73,6 +79,10 @@ def sample_to_file(
     else:
         save_frames(ensemble, flow.molecule, out, generator)
     rows = figures(ensemble, flow.molecule)
+    if at is not None:
+        rows["flow run at"] = f"{at:.4g} K, weighed for {temperature:g} K" + (
+            how and f"; t* = {at / temperature:.4g} {how}"
+        )
     if ensemble.sampling_temperature != flow.training_temperature and not flow.settings.steers:
         rows["steering"] = steering(flow.settings)
     return rows | {"time": f"{seconds:.1f} s ({n / seconds:.0f} draws/s)"}, out

@@ -1,5 +1,6 @@
 """The command line: help, results, exit codes, and errors in one line."""
 
+import functools
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from openmm_tsf.flow import FlowSettings, build_flow
 from openmm_tsf.trajectories import load_frames
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("run", "simulate", "train", "sample", "refine", "report", "info")
+COMMANDS = ("run", "simulate", "train", "sample", "refine", "tune", "report", "info")
 
 
 def invoke(*arguments: object):
@@ -119,6 +120,12 @@ def test_wrong_usage_has_exit_code_2(copied, tiny_file, tmp_path):
         (("sample", copied, "-T", "-5"), "above 0 K"),
         (("sample", copied, "-T", "nan"), "above 0 K"),
         (("sample", copied, "-T", "300", "-n", "0"), "-n"),
+        (("sample", copied, "-T", "300", "--tuned", "--at", "280"), "--at or --tuned"),
+        (("sample", copied, "--tuned"), "--temperature"),
+        (("tune", copied, "-T", "0"), "above 0 K"),
+        (("tune", copied, "-n", "5"), "-n"),
+        (("tune", copied, "--out", tmp_path), "own directory"),
+        (("tune", copied / "flow.tsf"), "--temperature"),
         (("nonsense",), "nonsense"),
     ):
         result = invoke(*arguments)
@@ -240,6 +247,75 @@ def test_defects_are_told_from_mistakes(monkeypatch, copied):
     monkeypatch.setattr(cli, "table", None)
     line = error_of(invoke("info"))
     assert "TypeError" in line and "--debug" in line
+
+
+# --- tune -------------------------------------------------------------------------------------------------------------
+
+
+def test_tune_and_sample_tuned(copied, tmp_path):
+    rest = ("-T", 600, "-n", 300, "--lowest", 0.6, "--highest", 1.8)
+    result = invoke("tune", copied, *rest)
+    assert result.exit_code == 0, result.output
+    for words in (
+        "tuning_600K.json for 600 K",
+        "K, C",
+        "K - C",
+        "t*, fidelity",
+        "t', diversity",
+        "as trained",
+        "held-out",
+    ):
+        assert words in result.stdout
+    assert (copied / "tuning_600K.png").stat().st_size > 10_000
+    facts = json.loads((copied / "tuning_600K.json").read_text())
+    assert facts["diagnostics"]["target_mean_from"] == "held-out samples"
+    record = json.loads((copied / "stages.json").read_text())["tune 600 K"]
+    assert record["done"] and record["n_energy_evaluations"] > 0
+    facts["t_star"] = {"value": 0.9, "interval": [0.85, 0.95], "share_without": 0.0}
+    (copied / "tuning_600K.json").write_text(json.dumps(facts))
+    assert "run at 540 K" in invoke("tune", copied, *rest).stdout  # what is done is not done again
+
+    out = tmp_path / "a.npz"
+    result = invoke("sample", copied, "-T", 600, "-n", 50, "--tuned", "--out", out)
+    assert result.exit_code == 0, result.output
+    shown = " ".join(result.stdout.replace("│", " ").split())
+    assert "540 K, weighed for 600 K; t* = 0.9" in shown and "tuning_600K.json" in shown
+    ensemble = Ensemble.load(out)
+    assert (ensemble.temperature, ensemble.sampling_temperature) == (600.0, 540.0)
+
+    facts["t_star"] = None
+    (copied / "tuning_600K.json").write_text(json.dumps(facts))
+    result = invoke("sample", copied, "-T", 600, "-n", 50, "--tuned", "--out", out)
+    assert "warning: the flow runs at 600 K itself" in result.stderr
+    assert Ensemble.load(out).sampling_temperature == 600.0
+    (copied / "tuning_600K.json").write_text("{}")
+    assert "delete it" in error_of(invoke("sample", copied, "-T", 600, "--tuned", "--out", out))
+
+
+def test_tuned_finds_the_temperature_where_no_file_of_this_flow_says_it(copied, tmp_path, monkeypatch):
+    from openmm_tsf import tune_stage
+
+    quick = functools.partial(tune_stage.tune_flow, n=150, n_checked=300, n_replicates=10, span=(0.8, 1.25))
+    monkeypatch.setattr(tune_stage, "tune_flow", quick)
+    result = invoke("sample", copied / "flow.tsf", "-T", 550, "-n", 50, "--tuned", "--out", tmp_path / "a.npz")
+    assert result.exit_code == 0, result.output
+    assert "found now" in result.stdout or "the flow runs at 550 K itself" in result.stderr
+    result = invoke("tune", copied / "flow.tsf", "-T", 550, "-n", 100, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "tuning_550K.json").exists() and (tmp_path / "tuning_550K.png").exists()
+
+
+def test_tune_says_what_is_wrong_in_one_line(copied, tmp_path, ala2):
+    assert "from 1.2 to 2" in error_of(invoke("tune", copied, "-T", 600, "--lowest", 1.2))
+    assert "absent" in error_of(invoke("tune", copied / "flow.tsf", "-T", 300, "-o", tmp_path / "absent"))
+    assert "no_such_flow" in error_of(invoke("tune", "no_such_flow", "-T", 300))
+    frames, size = load_frames(copied / "training.dcd", ala2, 600.0), {"blocks": 1, "hidden": 8, "depth": 1}
+    flow = build_flow(ala2, frames, FlowSettings(kind="spline", **size), generator=torch.Generator().manual_seed(1))
+    save_flow(flow, tmp_path / "spline.tsf")
+    line = error_of(invoke("tune", tmp_path / "spline.tsf", "-T", 300, "-o", tmp_path))
+    assert "kind 'spline' do not steer" in line
+    (copied / "flow.tsf").unlink()
+    assert "no trained flow yet" in error_of(invoke("tune", copied, "-T", 600))
 
 
 # --- info -------------------------------------------------------------------------------------------------------------

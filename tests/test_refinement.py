@@ -94,7 +94,7 @@ def good(tmp_path_factory):
 @pytest.fixture
 def poor(good):
     """The same flow, spoilt a little."""
-    return perturbed(copy.deepcopy(good).requires_grad_(False), 0.04)
+    return perturbed(copy.deepcopy(good).requires_grad_(False), 0.05)
 
 
 def few(**changes) -> RefinementSettings:
@@ -321,7 +321,7 @@ def without_the_minor_well(flow: Flow) -> Flow:
     flow = copy.deepcopy(flow)
     (factor,) = flow.prior.factors
     order = {int(k): i for i, k in enumerate(factor.marginal.modes[:, 0])}
-    tilt = 12.0 / kT(HOT) * torch.tensor([math.cos(CENTRE), math.sin(CENTRE)])
+    tilt = 14.0 / kT(HOT) * torch.tensor([math.cos(CENTRE), math.sin(CENTRE)])
     factor.marginal.coefficients.data[:, order[1]] += tilt
     return flow
 

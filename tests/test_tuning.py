@@ -347,3 +347,12 @@ def test_intervals_do_not_shift_with_the_grid():
     width = fine.interval[1] - fine.interval[0]
     assert coarse.value == pytest.approx(fine.value, abs=1e-9)
     assert coarse.interval == pytest.approx(fine.interval, abs=0.1 * width)
+
+
+@pytest.mark.parametrize("temperatures", [[0.5, 1.0, 2.0], [0.5, 0.8, 1.0], [1.0, 1.5, 2.0]])
+def test_a_root_on_a_grid_point_is_found(temperatures):
+    """A model that is the target has t* = t' = 1, where sums of different order round to either side of zero."""
+    energy = torch.randn(400, generator=seeded(5), dtype=torch.float64).cumsum(0)
+    found = optimal_sampling_temperature(ScoredSamples(energy, energy), temperatures=temperatures, n_replicates=0)
+    for root in (found.t_star, found.t_prime):
+        assert root is None or root.value == pytest.approx(1.0, abs=1e-9)

@@ -203,12 +203,19 @@ def _minimum(samples: ScoredSamples, ts: Grid, curve: Grid, slopes: Grid, target
     found = []
     for k in range(len(ts) - 1):
         if slopes[k] < 0.0 <= slopes[k + 1]:
-            root = brentq(lambda t: slope(samples, t, target_mean), float(ts[k]), float(ts[k + 1]), xtol=1e-12)
+            root = _zero(lambda t: slope(samples, t, target_mean), float(ts[k]), float(ts[k + 1]))
             found.append((float(curve[k : k + 2].min()), root))
     if not found:
         return None
     height, root = min(found)
     return root if height <= float(curve.min()) else None
+
+
+def _zero(rising: Callable[[float], float], low: float, high: float) -> float:
+    """Where a function that rises through zero between two temperatures is zero; up to rounding, at one of them too."""
+    if rising(low) >= 0.0:
+        return low
+    return high if rising(high) <= 0.0 else brentq(rising, low, high, xtol=1e-12)
 
 
 def _intervals(
@@ -285,7 +292,8 @@ def _statement(roots: list[Root | None], ts: Grid, values: Moments, target_mean:
             edge, way = (ts[-1], "above") if slopes[-1] < 0.0 else (ts[0], "below")
             words.append(f"no {name} between {ts[0]:.3g} and {ts[-1]:.3g}: the divergence still falls {way} {edge:.3g}")
         else:
-            verb = "lower" if root.value < 1.0 else "raise" if root.value > 1.0 else "keep"
+            undecided = root.interval[0] <= 1.0 <= root.interval[1]
+            verb = "keep" if undecided or root.value == 1.0 else "lower" if root.value < 1.0 else "raise"
             words.append(f"{name}, is {root.value:.4g}: {verb} the temperature")
     if star and prime and star.value < 1.0 < prime.value:
         words.append("the two disagree: cool for samples to use as they are, heat for samples to be reweighted")
