@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .geometry import smoothed_density, wrap
 from .internals import FlatInternals
 from .typing import Mask, Positions, Scalars, Vectors
+from .vectors import LineCoordinates
 
 
 class CutInternals(nn.Module):
@@ -67,6 +68,18 @@ def cut_open(internals: FlatInternals, q: Vectors) -> CutInternals:
     for column in torch.nonzero(internals.circular)[:, 0].tolist():
         centre[column] = wrap(emptiest(q[:, column]) + math.pi)
     return CutInternals(internals, centre.float().double())  # flows are trained in single precision
+
+
+def reached(internals: FlatInternals | CutInternals | LineCoordinates, q: Vectors) -> tuple[Mask, Scalars]:
+    """Which internals q (batch, D) positions belong to, and by how much torsions lie beyond their cuts (batch,) [rad].
+
+    On the chart the second is zero. A configuration beyond a cut is one of those within, written a second time.
+    """
+    if not isinstance(internals, CutInternals):
+        return internals.chart(q), q.new_zeros(len(q))
+    soft = internals.whole.circular
+    beyond = ((q - internals.centre.to(q)).abs()[:, soft] - math.pi).clamp_min(0.0).sum(1)
+    return internals.whole.chart(q), beyond
 
 
 def emptiest(angles: Scalars) -> Tensor:

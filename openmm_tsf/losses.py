@@ -14,12 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .cuts import reached
 from .flow import Flow
 from .proposals import join_momenta, part_momenta
 from .typing import Energy, Scalars, Vectors
 
 LARGEST_ADVANTAGE = 10.0
 """Largest deviation of ln q + u from its mean [nat] that moves the torsions' density."""
+
+WALL = 20.0
+"""What a torsion beyond its cut costs a draw in training [kT/rad]."""
 
 
 def likelihood_loss(
@@ -88,7 +92,7 @@ class EnergyLoss:
 
     Attributes:
         surrogate: scalar whose gradient trains the flow.
-        value: E_q[ln q + u] [nat], with u softened.
+        value: E_q[ln q + u] [nat], with u softened, and walls at the cuts of torsions.
         log_weights: (draws from q,) -u - ln q of the raw energies, -inf off the chart: the weights of the draws.
 
     With momenta, ln q is ln q(x, p) - ln N(p; 0, tau): |p|^2 / (2 tau) is in the target.
@@ -121,20 +125,21 @@ def energy_loss(
 
     Args:
         temperature: of the draws and of the target [K].
-        n: number of draws, at least 2; those off the chart have no energy and are left out of the gradient.
+        n: number of draws, at least 2. A draw with torsions beyond their cuts, which has no weight, pays `WALL` on
+            top of its energy, so that it is pulled back; one that is off the chart otherwise has no gradient.
         start: where reduced energies begin to be softened [kT].
         flatten: 1 takes all draws from q.
         path: the path gradient, and not the plain one.
 
     Raises:
-        RuntimeError: no draw is on the chart with a finite energy.
+        RuntimeError: no draw has a finite energy.
     """
     prior = flow.at(temperature).prior
     n_own = n - n // 2
     torsions = [prior.sample_torsions(m, warmth=f, generator=generator) for m, f in ((n_own, 1.0), (n // 2, flatten))]
     z = prior.complete(torch.cat(torsions), generator=generator)
     y, log_det = flow.transform(z)
-    u, slope = _target(flow, energy, y.detach(), temperature, start)
+    u, wall, slope = _target(flow, energy, y.detach(), temperature, start)
     rows = torch.nonzero(torch.isfinite(u))[:, 0]
     if not len(rows):
         raise RuntimeError(f"none of {n} draws has a finite energy at {temperature:g} K")
@@ -142,34 +147,40 @@ def energy_loss(
     log_momenta = part_momenta(y, flow.n_momenta, prior.tau)[1].detach()
     marginal = prior.log_prob_torsions(z[:, flow.prior.n_stiff :])
     log_q = prior.log_prob(z) - log_det[rows] - log_momenta
-    loss = (log_q + soften(u[rows], start=start)).detach()
+    loss = (log_q + soften(u[rows], start=start) + wall[rows]).detach()
     advantage = (loss - loss.mean()).clamp(-LARGEST_ADVANTAGE, LARGEST_ADVANTAGE)
     if path:
         conditional = ((slope + _score(flow, y.detach(), temperature)) * y).sum(1)
     else:
         conditional = log_q + log_momenta - marginal + (slope * y).sum(1)
     log_weights = torch.full((n_own,), -torch.inf, dtype=u.dtype, device=u.device)
-    log_weights[rows[own]] = (-u[rows] - log_q).detach()[own]
+    log_weights[rows[own]] = torch.where(wall[rows] == 0, -u[rows] - log_q, -torch.inf).detach()[own]
     surrogate = conditional.mean() + (advantage * marginal).mean()
     return EnergyLoss(surrogate, float(loss[own].mean()), log_weights)
 
 
-def _target(flow: Flow, energy: Energy, y: Vectors, temperature: float, start: float) -> tuple[Scalars, Vectors]:
-    """u = U/kT - ln c (batch,) of y = (q, p), and the derivative of softened u + |p|^2/(2 tau) by y.
+def _target(
+    flow: Flow, energy: Energy, y: Vectors, temperature: float, start: float
+) -> tuple[Scalars, Scalars, Vectors]:
+    """Of y = (q, p): u = U/kT - ln c (batch,), the wall w (batch,), and the slope of softened u + w + |p|^2/(2 tau).
 
-    u is +inf off the chart. ln c is the constraint factor, zero where no bond is rigid.
+    u is +inf where no positions belong to q. w is zero on the chart and rises beyond the cuts of torsions. ln c is the
+    constraint factor, zero where no bond is rigid.
     """
     tau = temperature / flow.training_temperature
     with torch.enable_grad():
         q, p = y.split((flow.internals.dim, flow.n_momenta), 1)
         q = q.requires_grad_()
-        rows = torch.nonzero(flow.internals.chart(q.detach()))[:, 0]
+        inside, beyond = reached(flow.internals, q)
+        rows = torch.nonzero(inside)[:, 0]
         x, _ = flow.internals(q[rows])
         u = energy(x).to(q.dtype) / flow.kT(temperature) - flow.internals.log_constraint_factor(x)
-        (slope,) = torch.autograd.grad(soften(u, start=start).sum(), q)
+        wall = WALL * beyond
+        (slope,) = torch.autograd.grad(soften(u, start=start).sum() + wall.sum(), q)
     # a slope that is no number belongs to an energy that is none
     slope = torch.where(torch.isfinite(slope).all(1, keepdim=True), slope, 0.0)
-    return torch.full_like(q[:, 0], torch.inf).index_copy(0, rows, u.detach()), torch.cat((slope, p / tau), 1)
+    u = torch.full_like(q[:, 0], torch.inf).index_copy(0, rows, u).detach()
+    return u, wall.detach(), torch.cat((slope, p / tau), 1)
 
 
 def _score(flow: Flow, y: Vectors, temperature: float) -> Vectors:

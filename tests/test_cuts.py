@@ -6,11 +6,13 @@ import laws
 import numpy as np
 import pytest
 import torch
-from molecules import MOLECULES, frames_of, internals_of, perturbed, random_internals, seeded
+from molecules import MOLECULES, coupled_energy, frames_of, internals_of, perturbed, random_internals, seeded
 
 from openmm_tsf.cuts import CutInternals, cut_open, emptiest
 from openmm_tsf.flow import Flow, FlowSettings, build_flow
+from openmm_tsf.losses import energy_loss
 from openmm_tsf.trajectories import Frames
+from openmm_tsf.units import kT
 
 N = 1000
 
@@ -94,6 +96,27 @@ def test_draws_beyond_the_cut_are_rejected_and_the_others_scored_as_drawn():
     scores = steered.log_prob(again)
     assert torch.isfinite(scores).all()  # as the configurations within the cut that they are the same as,
     assert float((scores - log_q[folded]).abs().median()) > 0.5  # with another density than they were drawn with
+
+
+def test_energies_alone_keep_torsions_within_their_cuts():
+    """If draws beyond a cut were left out, pushing draws there would lower the loss of the others, and so it went."""
+    flow = flow_of("chain4", momenta=False).requires_grad_(True)
+    stiff = ~flow.internals.whole.circular
+    q = flow.internals.inverse(torch.tensor(frames_of("chain4", N)))[0][:, stiff]
+    middle, width = q.mean(0), q.std(0)
+
+    def energy_of_a_free_torsion(x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * kT(600.0) * (((flow.internals.inverse(x)[0][:, stiff] - middle) / width) ** 2).sum(1)
+
+    optimiser = torch.optim.Adam(flow.parameters(), lr=0.02)
+    shares = []
+    for i in range(150):
+        drawn = energy_loss(flow, energy_of_a_free_torsion, 600.0, 128, start=1e6, path=False, generator=seeded(i))
+        shares.append(float(torch.isfinite(drawn.log_weights).double().mean()))
+        optimiser.zero_grad()
+        drawn.surrogate.backward()
+        optimiser.step()
+    assert sum(shares[-20:]) / 20 > 0.95
 
 
 @pytest.mark.parametrize("name", ["ala2", "ala2 rigid", "chain4"])
