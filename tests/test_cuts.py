@@ -6,7 +6,7 @@ import laws
 import numpy as np
 import pytest
 import torch
-from molecules import MOLECULES, coupled_energy, frames_of, internals_of, perturbed, random_internals, seeded
+from molecules import MOLECULES, frames_of, internals_of, perturbed, random_internals, seeded
 
 from openmm_tsf.cuts import CutInternals, cut_open, emptiest
 from openmm_tsf.flow import Flow, FlowSettings, build_flow
