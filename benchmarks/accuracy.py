@@ -31,6 +31,7 @@ from openmm_tsf.architecture import FlowSettings, Kind, build_modules
 from openmm_tsf.assembly import stage_seed
 from openmm_tsf.checkpoint import flow_path
 from openmm_tsf.config import load_config
+from openmm_tsf.console import Bar
 from openmm_tsf.ensemble import to_mdtraj
 from openmm_tsf.files import whole, write_text
 from openmm_tsf.ladder import geometric_ladder
@@ -65,7 +66,7 @@ def measure(options: argparse.Namespace) -> None:
             state = None if reference is None else reference.at(temperature)
             try:
                 draws = accuracy.collect(
-                    flow, energy, temperature, options.n, generator=generator, progress=tell(out.stem)
+                    flow, energy, temperature, options.n, generator=generator, progress=Bar(out.stem)
                 )
                 found, said = accuracy.figures(draws, state), "done"
             except (RuntimeError, ValueError) as error:  # as a rule a flow far from where it was trained
@@ -114,7 +115,7 @@ def cold_frames(options: argparse.Namespace) -> tuple[Path, Charge]:
     )  # fmt: skip
     dropped = round(1000.0 * options.equilibration / options.spacing)
     n_iterations = dropped + math.ceil(options.frames / N_REPLICAS)
-    record = run_tempering(tempering, folder, n_iterations, progress=tell("tempering"))
+    record = run_tempering(tempering, folder, n_iterations, progress=Bar("tempering"))
     trajectory = folder / f"frames_{COLD:g}K.dcd"
     if not trajectory.exists():
         kept = record.levels == 0
@@ -154,9 +155,9 @@ def training(options: argparse.Namespace, **more: float) -> TrainingSettings:
 def train_run(out: Path, config: Config, charge: Charge) -> None:
     """Train in a run directory; its account of the frames is what they cost where they were made."""
     with open_run(out, config) as run:
-        simulate_stage(run, tell("frames"))
+        simulate_stage(run, Bar("frames"))
         run.update("simulate", **charge)
-        train_stage(run, tell("training"))
+        train_stage(run, Bar("training"))
         print(f"{out / 'flow.tsf'}: {json.dumps({name: run.record(name) for name in ('simulate', 'train')})}")
 
 
@@ -190,19 +191,6 @@ def modules_of(kind: Kind, hidden: int) -> tuple[torch.nn.Module, torch.nn.Modul
     groups = [[i] for i in range(int(circular.sum()))]
     mean = torch.zeros(int((~circular).sum()))
     return build_modules(settings, circular, groups, mean, torch.diag(mean))
-
-
-def tell(what: str) -> Callable[[int, int, str], None]:
-    """Progress in tenths."""
-    told = -1
-
-    def progress(done: int, total: int, message: str) -> None:
-        nonlocal told
-        if 10 * done // total > told:
-            told = 10 * done // total
-            print(f"{what}: {done} of {total}, {message}", flush=True)
-
-    return progress
 
 
 def table(options: argparse.Namespace) -> None:

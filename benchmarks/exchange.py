@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 import openmm_tsf as tsf
+from openmm_tsf.console import Bar
 from openmm_tsf.flow_steps import FlowSteps
 from openmm_tsf.ladder import geometric_ladder
 from openmm_tsf.langevin import BatchedLangevin
@@ -89,7 +90,7 @@ def batched(name: str, options: argparse.Namespace) -> dict[str, float | str]:
     )  # fmt: skip
     each = n_steps + (steps.n_energies if n_draws else 0)
     n_iterations = round(n / each / tempering.n_walkers)
-    record = run_tempering(tempering, options.out / name.replace(" ", "_"), n_iterations, progress=told(name))
+    record = run_tempering(tempering, options.out / name.replace(" ", "_"), n_iterations, progress=Bar(name))
     return figures(name, record)
 
 
@@ -100,7 +101,7 @@ def langevin(molecule: tsf.Molecule, n: int, options: argparse.Namespace) -> dic
     dynamics = BatchedLangevin(molecule.system, energy, timestep_fs=1.0, friction_per_ps=1.0)
     generator = torch.Generator().manual_seed(options.seed)
     state = dynamics.start(np.array(molecule.positions), torch.full((walkers,), LOWEST), generator=generator)
-    begin, phis, tell = time.monotonic(), [], told("langevin")
+    begin, phis, tell = time.monotonic(), [], Bar("langevin")
     n_steps, _ = SETTINGS["plain"]
     n_rows = n // (n_steps * walkers)
     for row in range(n_rows):
@@ -159,7 +160,7 @@ def with_openmmtools(name: str, options: argparse.Namespace) -> dict[str, float 
     run_openmmtools(
         tsf.alanine_dipeptide(), geometric_ladder(LOWEST, HIGHEST, LEVELS), storage,
         round(options.openmmtools / each / LEVELS), move=move, n_dynamics_steps=n_steps, timestep_fs=1.0,
-        friction_per_ps=1.0, store_every=1, seed=options.seed, progress=told(f"openmmtools, {name}"),
+        friction_per_ps=1.0, store_every=1, seed=options.seed, progress=Bar(f"openmmtools, {name}"),
     )  # fmt: skip
     seconds = time.monotonic() - begin + (float(clock.read_text()) if clock.exists() else 0.0)
     clock.write_text(f"{seconds}\n")
@@ -210,18 +211,6 @@ def costs() -> None:
     for name, values in times.items():
         print(f"  {name:20} {1e3 * np.median(values):8.1f} ms")
     print(f"  bytes of the move in an iteration's storage: {len(yaml.dump(utils.serialize(flow_move)))}")
-
-
-def told(name: str):
-    """A line of progress now and then."""
-    last = [time.monotonic()]
-
-    def tell(done: int, total: int, message: str) -> None:
-        if time.monotonic() - last[0] > 30.0:
-            last[0] = time.monotonic()
-            print(f"{name}: {done} of {total}  {message}", flush=True)
-
-    return tell
 
 
 def show(rows: list[dict[str, float | str]]) -> None:

@@ -21,6 +21,7 @@ import torch
 
 import openmm_tsf as tsf
 from openmm_tsf import canvas
+from openmm_tsf.console import Bar
 from openmm_tsf.dynamics import N_WALKERS, simulate
 from openmm_tsf.files import write_text
 from openmm_tsf.portraits import Exact, of_exchange, of_reference, two_states
@@ -65,11 +66,11 @@ class Work:
         if not path.exists():
             frames = simulate(
                 self.molecule, temperature=600.0, n_frames=options.frames, spacing_fs=20.0, seed=seed,
-                directory=self.folder / f"frames_{seed}", progress=tell(f"{self.model} frames {seed}"),
+                directory=self.folder / f"frames_{seed}", progress=Bar(f"{self.model} frames {seed}"),
             )  # fmt: skip
             done = study(
                 name, self.molecule, frames, self.energy, model=self.model, steps=options.steps,
-                n_draws=options.draws, seed=seed, directory=folder, progress=tell(f"{self.model} {name} {seed}"),
+                n_draws=options.draws, seed=seed, directory=folder, progress=Bar(f"{self.model} {name} {seed}"),
             )  # fmt: skip
             write_text(path, done.to_json())
         found = Study.from_json(path.read_text("utf-8"))
@@ -90,7 +91,7 @@ class Work:
                 return found
         record = exchanged(
             self.molecule, folder, n_iterations=n_iterations, flow=flow, energy=self.energy, seed=seed,
-            progress=tell(str(folder)),
+            progress=Bar(str(folder)),
         )  # fmt: skip
         found = of_exchange(record, self.molecule, TEMPERATURES, model=self.model, source=source)
         write_text(path, found.to_json())
@@ -143,19 +144,6 @@ def draw_flows(work: Work, exact: Exact, studies: list[Study]) -> None:
 def whole_rows(n_frames: int) -> int:
     """Frames that `simulate` makes of so many: each walker has as many."""
     return math.ceil(n_frames / N_WALKERS[True]) * N_WALKERS[True]
-
-
-def tell(what: str):
-    """Progress that prints a line for every tenth of the work."""
-    told = -1
-
-    def progress(done: int, total: int, message: str) -> None:
-        nonlocal told
-        if 10 * done // total > told:
-            told = 10 * done // total
-            print(f"{what}: {done} of {total}, {message}", flush=True)
-
-    return progress
 
 
 if __name__ == "__main__":

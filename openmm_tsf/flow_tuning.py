@@ -22,7 +22,6 @@ from .latent_tuning import (
     held_out_scores,
     is_gaussian,
     latent_moments,
-    unclashed,
     virial_ratio,
     virial_root,
 )
@@ -34,6 +33,7 @@ from .tuning import (
     optimal_sampling_temperature,
     temperature_diagnostics,
 )
+from .tuning.samples import unclashed
 from .typing import Energy
 from .units import to_kelvin
 from .vectors import Samples

@@ -23,7 +23,8 @@ from .flow import Flow
 from .proposals import join_momenta
 from .trajectories import Frames
 from .tuning import ScoredSamples
-from .tuning.samples import FEWEST, Grid, counts_in_blocks, interval, without_clashes
+from .tuning.samples import FEWEST, Grid, counts_in_blocks, interval, unclashed
+from .tuning.search import nearest_zeros
 from .units import to_kelvin
 from .vectors import Samples
 
@@ -158,13 +159,6 @@ def _error(energies: Tensor, n_walkers: int) -> float:
 # --- the virial -------------------------------------------------------------------------------------------------------
 
 
-def unclashed(scored: ScoredSamples) -> Tensor:
-    """(n,) which samples `without_clashes` keeps."""
-    kept, _ = without_clashes(scored)
-    bound = (kept.target_energy - kept.model_energy).max()
-    return torch.isfinite(scored.target_energy) & (scored.target_energy - scored.model_energy <= bound)
-
-
 def virial_ratio(virial: Float[Tensor, " n"], scored: ScoredSamples, dim: int) -> Value:
     """<z . grad_z u>/D over draws without clashes."""
     kept = virial[unclashed(scored) & torch.isfinite(virial)] / dim
@@ -196,18 +190,9 @@ def virial_root(
         total, above = (counts @ columns).tensor_split(2, 1)
         return above / total - 1.0
 
-    found = _rising(grid.log(), excess(torch.ones(1, len(columns), dtype=columns.dtype)), 0.0)[0]
-    if torch.isnan(found):
+    found = float(nearest_zeros(grid, excess(torch.ones(1, len(columns), dtype=columns.dtype)), 1.0))
+    if math.isnan(found):
         return None
     blocks = counts_in_blocks(len(columns), n_replicates, generator)
-    replicates = torch.cat([_rising(grid.log(), excess(counts), float(found)) for counts in blocks])
-    return Value(math.exp(float(found)), interval(replicates.exp(), 0.95))
-
-
-def _rising(x: Tensor, y: Float[Tensor, "replicates grid"], near: float) -> Tensor:
-    """Where each row rises through zero nearest to `near`, NaN where nowhere."""
-    a, b = y[:, :-1], y[:, 1:]
-    rising = (a < 0.0) & (b >= 0.0)
-    zero = x[:-1] + (x[1:] - x[:-1]) * torch.where(rising, -a / (b - a), 0.0)
-    distance, row = torch.where(rising, (zero - near).abs(), math.inf).min(1)
-    return torch.where(distance < math.inf, zero.gather(1, row[:, None])[:, 0], math.nan)
+    replicates = torch.cat([nearest_zeros(grid, excess(counts), found) for counts in blocks])
+    return Value(found, interval(replicates, 0.95))

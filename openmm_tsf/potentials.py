@@ -47,6 +47,10 @@ class QuarticPotentials(nn.Module):
         """e_i of coordinates (batch, n): (batch, n)."""
         return _evaluate(self.polynomials(), v)
 
+    def derivatives(self, v: Vectors) -> tuple[Tensor, Tensor]:
+        """First and second derivatives of e_i by its coordinate, each (batch, n)."""
+        return _derivatives(self.polynomials(), v)
+
     def log_z(self, tau: float) -> Tensor:
         """ln of the integral of exp(-e_i/tau): (n,); the trapezoid rule converges exponentially for such functions."""
         grid = self._grid(tau)
@@ -96,12 +100,19 @@ def _evaluate(polynomials: Tensor, v: Tensor) -> Tensor:
     return v * (c1 + v * (c2 + v * (c3 + v * c4)))
 
 
+def _derivatives(polynomials: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """First and second derivatives of them at v."""
+    c1, c2, c3, c4 = polynomials
+    first = c1 + v * (2.0 * c2 + v * (3.0 * c3 + 4.0 * c4 * v))
+    return first, 2.0 * c2 + v * (6.0 * c3 + 12.0 * c4 * v)
+
+
 def _envelope(polynomials: Tensor, grid: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     """An upper bound (n, CELLS) of -e/tau on every cell, and the share (n, CELLS) of it up to each cell's end."""
-    c1, c2, c3, c4 = polynomials
+    _, c2, c3, c4 = polynomials
     half = 0.5 * (grid[1] - grid[0])
     middle = 0.5 * (grid[1:] + grid[:-1])
-    slope = c1 + middle * (2.0 * c2 + middle * (3.0 * c3 + middle * 4.0 * c4))
+    slope, _ = _derivatives(polynomials, middle)
     far = middle.abs() + half
     curvature = 2.0 * c2.abs() + far * (6.0 * c3.abs() + far * 12.0 * c4)
     bound = ((-_evaluate(polynomials, middle) + slope.abs() * half + 0.5 * curvature * half**2) / tau).T

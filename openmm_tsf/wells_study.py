@@ -176,24 +176,13 @@ def unmix(flow: Flow, x: Vectors) -> None:
     for _ in range(ROUNDS):
         rotation = _independent(u, rotation, slope)
         origin = fit_potentials(potentials, u @ rotation)
-        slope = _slopes(potentials, origin)
+        slope = lambda v, origin=origin: potentials.derivatives(v - origin)  # noqa: E731
     standardise.matrix.copy_(standardise.matrix @ rotation)
     standardise.mean.add_(standardise.matrix @ origin)
 
 
 Slopes = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-def _slopes(potentials: QuarticPotentials, origin: Tensor) -> Slopes:
-    """First and second derivatives of the potentials about an origin, functions of latents (n, d)."""
-    c1, c2, c3, c4 = potentials.polynomials()
-
-    def slopes(v: Tensor) -> tuple[Tensor, Tensor]:
-        v = v - origin
-        first = c1 + v * (2.0 * c2 + v * (3.0 * c3 + 4.0 * c4 * v))
-        return first, 2.0 * c2 + v * (6.0 * c3 + 12.0 * c4 * v)
-
-    return slopes
+"""First and second derivatives of potentials, functions of latents (n, d)."""
 
 
 def _independent(

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from openmm_tsf.typing import Mask
 from openmm_tsf.weights import bootstrap_counts, checked, normalised_weights
 
 TAIL, TAIL_LEAST = 10.0, 20.0
@@ -128,7 +129,28 @@ def _vector(energy: Tensor, name: str) -> Tensor:
 def without_clashes(samples: ScoredSamples, tail: float = TAIL) -> tuple[ScoredSamples, float]:
     """Leave out the samples that the target all but excludes; what remains is q_t on the rest of space.
 
-    A sample is left out if its target energy is infinite, or u - Ehat lies more than max(tail * IQR, TAIL_LEAST nat)
+    Returns:
+        the samples that are `unclashed`, and the share of the weight that was left out.
+
+    Raises:
+        ValueError: as `unclashed`.
+    """
+    kept = unclashed(samples, tail)
+    if kept.all():
+        return samples, 0.0
+    rest = replace(
+        samples,
+        model_energy=samples.model_energy[kept],
+        target_energy=samples.target_energy[kept],
+        log_weights=samples.log_weights[kept],
+    )
+    return rest, float(normalised_weights(samples.log_weights)[~kept].sum().clamp(0.0, 1.0))
+
+
+def unclashed(samples: ScoredSamples, tail: float = TAIL) -> Mask:
+    """(n,) which samples have weight and no clash.
+
+    A sample clashes if its target energy is infinite, or u - Ehat lies more than max(tail * IQR, TAIL_LEAST nat)
     above its median (both over the weighted samples of finite energy). Such a sample weighs less than e^-20 of a
     typical one once it is reweighted to p, yet a few of them make all of the covariance of u and Ehat. An enumeration
     is left as it is.
@@ -137,16 +159,13 @@ def without_clashes(samples: ScoredSamples, tail: float = TAIL) -> tuple[ScoredS
         samples: of any sampling temperature.
         tail: interquartile ranges; inf leaves out infinite energies only.
 
-    Returns:
-        the remaining samples, and the share of the weight that was left out.
-
     Raises:
         ValueError: a tail that is not above zero, or fewer than `FEWEST` samples remain.
     """
     if not tail > 0.0:
         raise ValueError(f"the bound of the tail must be above 0 interquartile ranges, not {tail:g}")
     if samples.exact:
-        return samples, 0.0
+        return torch.ones(len(samples), dtype=torch.bool)
     weights = normalised_weights(samples.log_weights)
     kept = torch.isfinite(samples.target_energy) & (weights > 0.0)
     if kept.any() and tail < math.inf:
@@ -155,13 +174,7 @@ def without_clashes(samples: ScoredSamples, tail: float = TAIL) -> tuple[ScoredS
         kept &= excess <= middle + max(tail * (high - low), TAIL_LEAST)
     if (n := int(kept.sum())) < FEWEST:
         raise ValueError(f"{n} of {len(samples)} samples have weight and no clash; at least {FEWEST} are needed")
-    rest = replace(
-        samples,
-        model_energy=samples.model_energy[kept],
-        target_energy=samples.target_energy[kept],
-        log_weights=samples.log_weights[kept],
-    )
-    return rest, float(weights[~kept].sum().clamp(0.0, 1.0))
+    return kept
 
 
 def _quantiles(values: Tensor, weights: Tensor) -> tuple[float, float, float]:

@@ -244,8 +244,8 @@ def _intervals(
             results.append(root)
             continue
         # interpolation errs alike in all of them
-        off = root.value / float(_nearest_zeros(ts, own[None], root.value))
-        replicates = off * _nearest_zeros(ts, torch.cat(replicated), root.value)
+        off = root.value / float(nearest_zeros(ts, own[None], root.value))
+        replicates = off * nearest_zeros(ts, torch.cat(replicated), root.value)
         share = float(torch.isnan(replicates).double().mean())
         results.append(Root(root.value, interval(replicates, confidence), share))
     return results
@@ -264,7 +264,7 @@ def _replicates(
         yield Moments(*(value[None] for value in values)), reweighted(samples)[1][None]
 
 
-def _nearest_zeros(ts: Grid, slopes: Float[Tensor, "replicates grid"], near: float) -> Float[Tensor, " replicates"]:
+def nearest_zeros(ts: Grid, slopes: Float[Tensor, "replicates grid"], near: float) -> Float[Tensor, " replicates"]:
     """Where each row rises through zero, by linear interpolation in ln t, nearest to `near`; NaN where nowhere."""
     a, b = slopes[:, :-1], slopes[:, 1:]
     rising = (a < 0.0) & (b >= 0.0)
