@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def tuned_temperature(
     The file that `tune` left beside the flow is taken, if it is of this very flow; otherwise t* is found now.
 
     Warns:
-        UserWarning: there is no t*.
+        UserWarning: there is no t*, or weighted draws are worth less there.
     """
     path = flow_path(source)
     file = path.parent / f"{tuning_name(temperature)}.json"
@@ -118,7 +119,22 @@ def tuned_temperature(
     if facts["t_star"] is None:
         warnings.warn(f"the flow runs at {temperature:g} K itself: {facts['statement']}", stacklevel=2)
         return None, how
+    if (loss := _loss_of_weight(facts)) is not None:
+        warnings.warn(loss, stacklevel=2)
     return facts["t_star"]["value"] * temperature, how
+
+
+def _loss_of_weight(facts: Facts) -> str | None:
+    """What t*, which serves draws as they are, costs those that are weighted; None if that is within error."""
+    checks = {check["name"]: check for check in facts["checks"]}
+    trained, star = checks["as trained"], checks["t*"]
+    if trained["ess"] - star["ess"] <= 2.0 * math.hypot(trained["ess_error"], star["ess_error"]):
+        return None
+    best = facts["highest_ess"]["t"] * facts["temperature"]
+    return (
+        f"at t* draws are closest to the target as they come, but worth less once weighted: ESS {percent(star['ess'])} "
+        f"instead of {percent(trained['ess'])}; for weighted draws leave out --tuned, or take --at {best:.4g}"
+    )
 
 
 def read_tuning(path: Path) -> Facts:
@@ -129,7 +145,7 @@ def read_tuning(path: Path) -> Facts:
     """
     try:
         facts = json.loads(path.read_text("utf-8"))
-        fine = facts["format"] == FORMAT and {"flow", "t_star", "statement", "n_energy_evaluations"} <= set(facts)
+        fine = facts["format"] == FORMAT and {"flow", "t_star", "statement", "checks", "highest_ess"} <= set(facts)
     except (ValueError, KeyError, TypeError):
         fine = False
     if not fine:
@@ -177,7 +193,7 @@ def rows(facts: Facts) -> dict[str, str]:
         "t*, fidelity": _root(facts["t_star"], target),
         "t', diversity": f"{_root(facts['t_prime'], target)}; the target by {_source(facts)}",
         "effective sample size": "; ".join(_ess(name, check) for name, check in checks.items()),
-        "highest on the way": f"{percent(facts['highest_ess']['ess'])} at t = {facts['highest_ess']['t']:.3g}",
+        "highest on the way": _highest(facts["highest_ess"], target),
         "energy of draws": f"{trained['mean_energy']:.2f} kJ/mol as trained"
         + (f", {star['mean_energy']:.2f} at t*" if star else ""),
         "draws at t = 1": f"{clashes}; the largest weight is {percent(trained['largest_weight_share'])}",
@@ -199,6 +215,11 @@ def _root(root: dict[str, Any] | None, temperature: float) -> str:
     needless = None not in (low, high) and low <= 1.0 <= high
     advice = "1 is as good" if needless else f"run at {root['value'] * temperature:.4g} K"
     return f"{_between(root['value'], root['interval'])}: {advice}"
+
+
+def _highest(highest: dict[str, float], temperature: float) -> str:
+    t = highest["t"]
+    return f"{percent(highest['ess'])} at t = {t:.3g}: for weighted draws, sample --at {t * temperature:.4g}"
 
 
 def _source(facts: Facts) -> str:

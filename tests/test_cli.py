@@ -272,8 +272,13 @@ def test_tune_and_sample_tuned(copied, tmp_path):
     record = json.loads((copied / "stages.json").read_text())["tune 600 K"]
     assert record["done"] and record["n_energy_evaluations"] > 0
     facts["t_star"] = {"value": 0.9, "interval": [0.85, 0.95], "share_without": 0.0}
+    trained = facts["checks"][0] | {"ess": 0.5, "ess_error": 0.03}
+    facts["checks"] = [trained, trained | {"name": "t*", "ess": 0.4}]
+    facts["highest_ess"] = {"t": 1.1, "ess": 0.55}
     (copied / "tuning_600K.json").write_text(json.dumps(facts))
-    assert "run at 540 K" in invoke("tune", copied, *rest).stdout  # what is done is not done again
+    again = invoke("tune", copied, *rest).stdout  # what is done is not done again
+    shown = " ".join(again.replace("│", " ").split())
+    assert "run at 540 K" in shown and "55 % at t = 1.1: for weighted draws, sample --at 660" in shown
 
     out = tmp_path / "a.npz"
     result = invoke("sample", copied, "-T", 600, "-n", 50, "--tuned", "--out", out)
@@ -282,6 +287,10 @@ def test_tune_and_sample_tuned(copied, tmp_path):
     assert "540 K, weighed for 600 K; t* = 0.9" in shown and "tuning_600K.json" in shown
     ensemble = Ensemble.load(out)
     assert (ensemble.temperature, ensemble.sampling_temperature) == (600.0, 540.0)
+    assert "ESS 40 % instead of 50 %; for weighted draws leave out --tuned, or take --at 660" in result.stderr
+    facts["checks"][1]["ess"] = 0.45  # within the errors
+    (copied / "tuning_600K.json").write_text(json.dumps(facts))
+    assert "warning" not in invoke("sample", copied, "-T", 600, "-n", 50, "--tuned", "--out", out).stderr
 
     facts["t_star"] = None
     (copied / "tuning_600K.json").write_text(json.dumps(facts))
