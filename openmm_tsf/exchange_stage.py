@@ -121,6 +121,8 @@ def run_exchange(
         ValueError: other settings than those of the directory, a damaged file, a ladder or flow that does not fit.
     """
     flow = load_flow(flow_path(settings.flow)).requires_grad_(False)
+    if not settings.plain:
+        flow.at(settings.temperatures[0]).exploring(settings.explore)  # refused before anything begins
     if settings.timestep_fs is None:
         settings = replace(settings, timestep_fs=default_timestep_fs(flow.molecule))
     settings = settle(directory, settings)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from molecules import frames_of, seeded
 from typer.testing import CliRunner
 
 import openmm_tsf as tsf
@@ -20,7 +21,9 @@ from openmm_tsf.exchange_settings import (
     settle,
 )
 from openmm_tsf.exchange_stage import run_exchange, settings_of, summary
+from openmm_tsf.flow import build_flow
 from openmm_tsf.tempering import BatchedTempering
+from openmm_tsf.trajectories import Frames
 
 LADDER = (300.0, 600.0, 4, "geometric")
 NO_LADDER = (None, None, None, None)
@@ -202,6 +205,17 @@ def test_plain_exchange_has_no_moves(tmp_path):
     found = run_exchange(tmp_path, settings, n_draws=200)
     assert not any(key.startswith("independence") for key in found)
     assert "independence proposals" not in summary(found)
+
+
+def test_a_flow_that_cannot_explore_is_refused_before_anything_begins(tmp_path):
+    frames = Frames(frames_of("ala2", 200), np.full(200, 600.0))
+    settings = tsf.FlowSettings(kind="tsf", blocks=1, hidden=4, depth=1)
+    flow = build_flow(tsf.alanine_dipeptide(), frames, settings, generator=seeded(1))
+    tsf.save_flow(flow, tmp_path / "flow.tsf")
+    given = {"flow": str(tmp_path / "flow.tsf"), "temperatures": [300.0, 600.0], "explore": 0.2, **SMALL}
+    with pytest.raises(ValueError, match=r"explore = 0\.2 is not possible: flows of kind 'tsf'"):
+        run_exchange(tmp_path / "exchange", make_settings(**given))
+    assert not (tmp_path / "exchange").exists()
 
 
 @pytest.mark.filterwarnings("ignore")
