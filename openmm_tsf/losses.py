@@ -86,6 +86,10 @@ def _log_prior(flow: Flow, z: Vectors, temperatures: Scalars) -> Scalars:
     return log_prior
 
 
+class Divergence(RuntimeError):
+    """Training has led a flow to where nothing is finite."""
+
+
 @dataclass(frozen=True)
 class EnergyLoss:
     """One batch of draws scored by the energy.
@@ -128,21 +132,22 @@ def energy_loss(
         n: number of draws, at least 2. A draw with torsions beyond their cuts, which has no weight, pays `WALL` on
             top of its energy, so that it is pulled back; one that is off the chart otherwise has no gradient.
         start: where reduced energies begin to be softened [kT].
-        flatten: 1 takes all draws from q.
+        flatten: 1 takes all draws from q, and all count as such.
         path: the path gradient, and not the plain one.
 
     Raises:
-        RuntimeError: no draw has a finite energy.
+        Divergence: no draw has a finite energy.
     """
     prior = flow.at(temperature).prior
-    n_own = n - n // 2
-    torsions = [prior.sample_torsions(m, warmth=f, generator=generator) for m, f in ((n_own, 1.0), (n // 2, flatten))]
+    n_own = n if flatten == 1.0 else n - n // 2
+    warmths = {1.0: n_own} | ({flatten: n - n_own} if n > n_own else {})
+    torsions = [prior.sample_torsions(m, warmth=f, generator=generator) for f, m in warmths.items()]
     z = prior.complete(torch.cat(torsions), generator=generator)
     y, log_det = flow.transform(z)
     u, wall, slope = _target(flow, energy, y.detach(), temperature, start)
     rows = torch.nonzero(torch.isfinite(u))[:, 0]
     if not len(rows):
-        raise RuntimeError(f"none of {n} draws has a finite energy at {temperature:g} K")
+        raise Divergence(f"none of {n} draws has a finite energy at {temperature:g} K")
     z, y, slope, own = z[rows], y[rows], slope[rows], rows < n_own
     log_momenta = part_momenta(y, flow.n_momenta, prior.tau)[1].detach()
     marginal = prior.log_prob_torsions(z[:, flow.prior.n_stiff :])

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from .cuts import CutInternals
 from .files import whole, write_text
 from .flow import Flow, flow_digest
-from .losses import energy_loss, likelihood_loss, slopes_of
+from .losses import Divergence, energy_loss, likelihood_loss, slopes_of
 from .pretraining import pretrain
 from .trajectories import Frames
 from .typing import Energy
@@ -26,8 +27,8 @@ from .vectors import Samples
 from .weights import effective_sample_size
 
 Progress = Callable[[int, int, str], None]
-RECENT = 64
-"""Steps whose draws make up the ESS and the energy loss that training reports and judges itself by."""
+JUDGED_BY = 4096
+"""Draws behind the ESS and the energy loss that training reports, and judges itself by."""
 
 AT_ONCE = 16384
 """Frames whose forces are computed between two reports of progress."""
@@ -53,7 +54,7 @@ class TrainingSettings:
         estimator: of the gradient: "path", which needs the forces at the frames and has no noise once the flow is
             right, or "plain"; see `losses`. By default "plain" for flows whose torsions are cut open, else "path".
         patience: evaluations without a better score after which training stops; the score is the held-out nll and the
-            recent energy loss, weighted as in training.
+            energy loss of fresh draws, at their final weights.
         checkpoint_every: steps between checkpoints.
     """
 
@@ -108,12 +109,16 @@ class TrainingSettings:
 
 @dataclass
 class History:
-    """What training saw: rows with step, loss, held_out_nll, ess_train, energy_loss and learning_rate."""
+    """What training saw: rows with step, loss, held_out_nll, ess_train, energy_loss and learning_rate.
+
+    `diverged_at` is the step where nothing was finite any more; the result is then the best from before.
+    """
 
     rows: list[dict[str, float]] = field(default_factory=list)
     n_energy_evaluations: int = 0
     best_step: int = 0
     stopped_early: bool = False
+    diverged_at: int | None = None
 
     def to_json(self) -> str:
         """JSON text; what is not known yet (the ESS before the first draw) is null there."""
@@ -134,7 +139,7 @@ def train(
 ) -> History:  # fmt: skip
     """Train a flow in place: likelihood of frames, then likelihood and energy loss.
 
-    The weights with the best score on held-out frames and recent draws are kept. Checkpoints go to
+    The weights with the best score on held-out frames and fresh draws are kept. Checkpoints go to
     `directory/training_state.pt`; called again with the same arguments, training goes on from there with the same
     random numbers.
 
@@ -152,7 +157,10 @@ def train(
 
     Raises:
         ValueError: frames off the chart, a temperature not above zero, or a checkpoint in `directory` of another run.
-        RuntimeError: the loss is not finite.
+        Divergence: the gradient is not finite, or no draw has a finite energy, before there is a result to keep.
+
+    Warns:
+        UserWarning: the same, with a result to keep.
     """
     kelvin = flow.training_temperature if temperature is None else to_kelvin(temperature)
     trainer = _Trainer(flow, frames, energy, settings or TrainingSettings(), Path(directory), seed, kelvin, fresh)
@@ -182,10 +190,8 @@ class _Trainer:
             self.optimiser, settings.learning_rate, total_steps=settings.steps, pct_start=rise
         )
         self.generator = torch.Generator().manual_seed(seed)
-        self.history, self.step, self.losses = History(), 0, {"loss": math.nan, "energy_loss": math.nan}
+        self.history, self.step, self.loss = History(), 0, math.nan
         self.best = (math.inf, copy.deepcopy(self.flow.state_dict()))
-        self.log_weights: list[Tensor] = []
-        self.recent: list[float] = []
         facts = {"seed": seed, "frames": _digest(frames), "temperature": flow.training_temperature}
         facts |= {"flow": asdict(flow.settings), "zmatrix": str(flow.zmatrix), "energies_at": temperature}
         facts |= {"start": None if fresh else flow_digest(flow)}
@@ -210,13 +216,18 @@ class _Trainer:
             if self.fresh:
                 self._pretrain()
         while self.step < settings.steps and not self.history.stopped_early:
-            self._step()
-            if self.step % settings.evaluate_every == 0 or self.step == settings.steps:
-                self._evaluate()
+            try:
+                self._step()
+                if self.step % settings.evaluate_every == 0 or self.step == settings.steps:
+                    self._evaluate()
+            except Divergence as error:
+                self._give_up(error)
             if self.step % settings.checkpoint_every == 0:
                 self._save()
             progress(self.step, settings.steps, self._message())
         self._save()
+        if math.isinf(self.best[0]):
+            raise Divergence("no evaluation gave a finite score of held-out frames; look at the frames")
         self.target.load_state_dict(self.best[1])
         return self.history
 
@@ -251,21 +262,19 @@ class _Trainer:
                 start=self.start, flatten=settings.flatten, path=self.path, generator=self.generator,
             )  # fmt: skip
             total = total + weight * drawn.surrogate
-            self.losses["energy_loss"] = drawn.value
-            self.recent = [*self.recent[1 - RECENT :], drawn.value]
-            self.log_weights = [*self.log_weights[1 - RECENT :], drawn.log_weights.double()]
             self.history.n_energy_evaluations += settings.batch_draws
         self.optimiser.zero_grad()
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.flow.parameters(), settings.clip)
         if not torch.isfinite(norm):
-            raise RuntimeError(
-                f"the gradient is not finite at step {self.step}; a smaller learning_rate or energy_weight may help"
+            raise Divergence(
+                f"the gradient is not finite at step {self.step}; more frames, or a smaller learning_rate or "
+                "energy_weight, may help"
             )
         self.optimiser.step()
         self.schedule.step()
         self.step += 1
-        self.losses["loss"] = float(loss.detach())
+        self.loss = float(loss.detach())
         self._average()
 
     @torch.no_grad()
@@ -279,24 +288,36 @@ class _Trainer:
     def _evaluate(self) -> None:
         momenta = torch.Generator().manual_seed(0)  # the same each time, so that evaluations differ by the flow alone
         nll = float(likelihood_loss(self.average, *self.held_out, generator=momenta).mean())
-        ess = effective_sample_size(torch.cat(self.log_weights)) if self.log_weights else math.nan
-        rate = self.schedule.get_last_lr()[0]
-        row = {"step": self.step, **self.losses, "held_out_nll": nll, "ess_train": float(ess), "learning_rate": rate}
-        self.history.rows.append(row)
-        score = self._score(nll)
-        if score < self.best[0] or math.isinf(score):
+        energy, ess = self._draws()
+        row = {"step": self.step, "loss": self.loss, "held_out_nll": nll, "energy_loss": energy, "ess_train": ess}
+        self.history.rows.append(row | {"learning_rate": self.schedule.get_last_lr()[0]})
+        weight = self.settings.energy_weight
+        score = (1.0 - weight) * nll + (weight * energy if weight else 0.0)
+        if score < self.best[0]:
             self.best = (score, copy.deepcopy(self.average.state_dict()))
             self.history.best_step = self.step
         elif self.step - self.history.best_step >= self.settings.patience * self.settings.evaluate_every:
             self.history.stopped_early = True
 
-    def _score(self, nll: float) -> float:
-        """What is to be low [nat]: the loss on held-out frames and on recent draws, at the final energy weight."""
-        if self._weight() < self.settings.energy_weight:
-            return math.inf  # models from before the ramp's end have learnt too little of the energy
-        weight = self.settings.energy_weight
-        recent = sum(self.recent) / len(self.recent) if self.recent else 0.0
-        return (1.0 - weight) * nll + weight * recent
+    def _draws(self) -> tuple[float, float]:
+        """Energy loss [nat] and ESS of draws from the average; NaN where energies do not train."""
+        if self.settings.energy_weight == 0.0:
+            return math.nan, math.nan
+        drawn = energy_loss(
+            self.average, self.energy, self.temperature, JUDGED_BY, start=self.start, flatten=1.0, path=False,
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        self.history.n_energy_evaluations += JUDGED_BY
+        return drawn.value, float(effective_sample_size(drawn.log_weights.double()))
+
+    def _give_up(self, error: Divergence) -> None:
+        """Stop with the best weights so far; raises the error again where there are none."""
+        if math.isinf(self.best[0]):
+            raise error
+        self.history.stopped_early, self.history.diverged_at = True, self.step
+        warnings.warn(
+            f"training stopped, and the weights of step {self.history.best_step} are kept: {error}", stacklevel=4
+        )
 
     def _weight(self) -> float:
         """Weight of the energy loss at this step."""
@@ -306,17 +327,16 @@ class _Trainer:
 
     def _message(self) -> str:
         if not self.history.rows:
-            return f"loss {self.losses['loss']:.2f}"
+            return f"loss {self.loss:.2f}"
         row = self.history.rows[-1]
-        return f"loss {self.losses['loss']:.2f}  held-out {row['held_out_nll']:.2f}  ESS {row['ess_train']:.0%}"
+        return f"loss {self.loss:.2f}  held-out {row['held_out_nll']:.2f}  ESS {row['ess_train']:.0%}"
 
     def _save(self) -> None:
         state = {
             "identity": self.identity, "step": self.step, "flow": self.flow.state_dict(),
             "average": self.average.state_dict(), "optimiser": self.optimiser.state_dict(),
             "schedule": self.schedule.state_dict(), "generator": self.generator.get_state(), "best": self.best,
-            "log_weights": self.log_weights,
-            "recent": self.recent, "losses": self.losses, "history": asdict(self.history),
+            "loss": self.loss, "history": asdict(self.history),
         }  # fmt: skip
         with whole(self.directory / "training_state.pt") as temporary:
             torch.save(state, temporary)
@@ -337,8 +357,7 @@ class _Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.schedule.load_state_dict(state["schedule"])
         self.generator.set_state(state["generator"])
-        self.step, self.best, self.log_weights = state["step"], tuple(state["best"]), state["log_weights"]
-        self.recent, self.losses = state["recent"], state["losses"]
+        self.step, self.best, self.loss = state["step"], tuple(state["best"]), state["loss"]
         self.history = History(**state["history"])
 
 

@@ -27,10 +27,10 @@ from molecules import (
     internals_of,
 )
 
-from openmm_tsf import pretraining
+from openmm_tsf import pretraining, training
 from openmm_tsf.ensemble import draw
 from openmm_tsf.flow import Flow, FlowSettings, build_flow
-from openmm_tsf.losses import likelihood_loss
+from openmm_tsf.losses import Divergence, likelihood_loss
 from openmm_tsf.pretraining import fit_torsions
 from openmm_tsf.priors import MolecularPrior
 from openmm_tsf.training import History, TrainingSettings, train
@@ -166,13 +166,13 @@ def test_history_has_what_plots_and_reports_need(tmp_path):
     assert [row["step"] for row in history.rows] == list(range(4, 25, 4))
     wanted = {"step", "loss", "held_out_nll", "ess_train", "energy_loss", "learning_rate"}
     assert all(wanted <= row.keys() for row in history.rows)
-    assert math.isnan(history.rows[0]["ess_train"]) and 0 < history.rows[-1]["ess_train"] <= 1
+    assert all(0 < row["ess_train"] <= 1 and math.isfinite(row["energy_loss"]) for row in history.rows)
     assert max(row["learning_rate"] for row in history.rows) <= 1e-3  # the largest that was asked for
     first = 8  # after a quarter of the steps, and one whose weight is just zero
-    assert history.n_energy_evaluations == 320 + (24 - first + 1) * 16  # forces at the frames, and draws
+    judged = len(history.rows) * training.JUDGED_BY
+    assert history.n_energy_evaluations == 320 + (24 - first + 1) * 16 + judged  # forces at the frames, and draws
     text = (tmp_path / "history.json").read_text()
     assert repr(History.from_json(text)) == repr(history)
-    assert json.loads(text)["rows"][0]["ess_train"] is None and "NaN" not in text  # strict JSON has no NaN
     assert [(done, total) for done, total, _ in seen] == [(i, 24) for i in range(25)]  # forces at the frames first
     assert all(isinstance(message, str) and "\n" not in message for *_, message in seen)
 
@@ -182,6 +182,15 @@ def test_without_an_energy_loss_no_draw_costs_an_energy(tmp_path, estimator, n):
     _, history = run(tmp_path, short(energy_weight=0.0, estimator=estimator))
     assert history.n_energy_evaluations == n
     assert history.best_step == min(history.rows, key=lambda row: row["held_out_nll"])["step"]
+    text = (tmp_path / "history.json").read_text()
+    assert repr(History.from_json(text)) == repr(history)
+    assert json.loads(text)["rows"][0]["ess_train"] is None and "NaN" not in text  # strict JSON has no NaN
+
+
+def test_the_score_is_of_held_out_frames_and_fresh_draws(tmp_path):
+    _, history = run(tmp_path, short(energy_weight=0.3, evaluate_every=3, learning_rate=3e-2))
+    score = {row["step"]: 0.7 * row["held_out_nll"] + 0.3 * row["energy_loss"] for row in history.rows}
+    assert len(score) == 8 and history.best_step == min(score, key=score.get)
 
 
 def test_frames_of_two_temperatures_train_one_flow(tmp_path):
@@ -452,8 +461,29 @@ def test_ten_steps_are_a_number_like_any_other(tmp_path):
 def test_a_flow_that_breaks_stops_training_with_advice(tmp_path):
     flow = untrained()
     flow.transform.transforms[0].net.last.bias.data[:] = 1e30
-    with pytest.raises(RuntimeError, match=r"gradient is not finite at step \d+; a smaller learning_rate"):
+    with pytest.raises(RuntimeError, match=r"gradient is not finite at step \d+; more frames, or a smaller"):
         train(flow, some_frames(), coupled_energy, short(energy_weight=0.0), directory=tmp_path, seed=1)
+
+
+@pytest.mark.parametrize("n", [15, 1])
+def test_training_that_diverges_keeps_its_best_weights_if_it_has_some(n, tmp_path, monkeypatch):
+    calls = []
+
+    def broken(flow, q, temperatures, **options):
+        calls.append(torch.is_grad_enabled())
+        return likelihood_loss(flow, q, temperatures, **options) * (math.nan if sum(calls) > n else 1.0)
+
+    monkeypatch.setattr(training, "likelihood_loss", broken)
+    if n == 1:  # no evaluation before
+        with pytest.raises(Divergence, match=r"gradient is not finite at step 1;"):
+            run(tmp_path, short())
+        return
+    with pytest.warns(UserWarning, match=r"weights of step \d+ are kept: the gradient is not finite at step 15;"):
+        result = run(tmp_path, short())
+    flow, history = result
+    assert history.diverged_at == 15 and history.stopped_early and 0 < history.best_step <= 12
+    assert all(torch.isfinite(p).all() for p in flow.parameters())
+    assert_same(run(tmp_path, short()), result)  # and a second call does not try again
 
 
 @pytest.mark.parametrize(
