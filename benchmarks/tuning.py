@@ -160,10 +160,28 @@ def two_level(_: int) -> list[Row]:
             median = interval(*(values[i, j] for values in (picture.median, picture.low, picture.high)))
             found = f"{median}, quartiles {low:.3f} {high:.3f}"
             rows.append((f"two levels, gap {gap:g}, M = {m:,}: median t*", found, f"{expected:g} in quartiles", inside))
+    rows += boundaries()
     gaps, sizes = torch.linspace(1.0, 10.0, 41).tolist(), torch.logspace(0.7, 4.0, 41).round().int().unique().tolist()
     _, wall, used = timed(lambda: phase_picture(20, 80, gaps, sizes, n_replicates=50, generator=seeded(1)))
     what = f"phase picture, {len(gaps)} gaps x {len(sizes)} sizes x 50 replicates"
     return [*rows, (what, f"{wall:.0f} s ({used:.0f} s of one core)", "120 s", wall <= 120.0)]
+
+
+def boundaries() -> list[Row]:
+    """Where the medians of 200 replicates change from heating to cooling, and where either ends."""
+    gaps, sizes = torch.linspace(4.0, 7.0, 25).tolist(), (10, 30, 50)
+    picture = phase_picture(20, 80, gaps, sizes, n_replicates=200, generator=seeded(12))
+    rows: list[Row] = []
+    for j, m in enumerate(sizes):
+        first = int((picture.median[:, j] < 1.0).nonzero()[0])
+        limit = f"theory: {float(picture.critical[first, j]):.2f}"
+        rows.append((f"two levels, M = {m}: cooling begins at the gap", f"{gaps[first]:.2f}", limit, None))
+    sizes = tuple(range(60, 160, 10))
+    picture = phase_picture(20, 80, (2.0, 2.5, 4.0), sizes, n_replicates=200, generator=seeded(13))
+    for gap, medians in zip(picture.gaps, picture.median, strict=True):
+        found = ", ".join(f"{m}: {t:.2f}" for m, t in zip(sizes, medians.tolist(), strict=True))
+        rows.append((f"two levels, gap {gap:g}: median t* at M", found, "1 beyond n_g ln n_g = 60", None))
+    return rows
 
 
 def ising(replicates: int) -> list[Row]:
