@@ -3,6 +3,8 @@
 PYTHON ?= python3
 OUT ?= runs/ala2
 PYTEST_ARGS ?=
+# Files go whole to one of as many workers as there are cores: what a file prepares for its tests is prepared once.
+PARALLEL ?= -n auto --dist loadfile
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -26,10 +28,10 @@ ala2: $(VENV)/.installed-core
 	$(PY) -m openmm_tsf run examples/ala2.toml --out "$(OUT)"
 
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL) -m "" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-test
 	$(PY) -m ruff check .

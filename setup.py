@@ -33,6 +33,7 @@ EXTRAS_REQUIRE = {
     "mpi": ["mpi4py>=4.0", "mpich>=4.2"],
     "test": [
         "pytest>=8.2",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "zuko>=1.3",
         "beartype>=0.18.5",

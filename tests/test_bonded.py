@@ -482,7 +482,7 @@ def test_atoms_that_do_not_exist(name, atom):
         read(force)
 
 
-@pytest.mark.parametrize("name", set(READERS) - {"CustomExternalForce"})
+@pytest.mark.parametrize("name", [name for name in READERS if name != "CustomExternalForce"])
 def test_periodic_boundaries_are_refused(name):
     force = OF_CLASS[name]()
     read(force)
