@@ -130,7 +130,7 @@ def _loss_of_weight(facts: Facts) -> str | None:
     trained, star = checks["as trained"], checks["t*"]
     if trained["ess"] - star["ess"] <= 2.0 * math.hypot(trained["ess_error"], star["ess_error"]):
         return None
-    best = facts["highest_ess"]["t"] * facts["temperature"]
+    best = _best_for_weights(facts)[0] * facts["temperature"]
     return (
         f"at t* draws are closest to the target as they come, but worth less once weighted: ESS {percent(star['ess'])} "
         f"instead of {percent(trained['ess'])}; for weighted draws leave out --tuned, or take --at {best:.4g}"
@@ -193,7 +193,7 @@ def rows(facts: Facts) -> dict[str, str]:
         "t*, fidelity": _root(facts["t_star"], target),
         "t', diversity": f"{_root(facts['t_prime'], target)}; the target by {_source(facts)}",
         "effective sample size": "; ".join(_ess(name, check) for name, check in checks.items()),
-        "highest on the way": _highest(facts["highest_ess"], target),
+        "for weighted draws": _for_weights(facts),
         "energy of draws": f"{trained['mean_energy']:.2f} kJ/mol as trained"
         + (f", {star['mean_energy']:.2f} at t*" if star else ""),
         "draws at t = 1": f"{clashes}; the largest weight is {percent(trained['largest_weight_share'])}",
@@ -217,9 +217,14 @@ def _root(root: dict[str, Any] | None, temperature: float) -> str:
     return f"{_between(root['value'], root['interval'])}: {advice}"
 
 
-def _highest(highest: dict[str, float], temperature: float) -> str:
-    t = highest["t"]
-    return f"{percent(highest['ess'])} at t = {t:.3g}: for weighted draws, sample --at {t * temperature:.4g}"
+def _best_for_weights(facts: Facts) -> tuple[float, float]:
+    """The t with the highest ESS there is a measurement of, and that: of fresh draws, or of all draws reweighted."""
+    return max(((row["t"], row["ess"]) for row in (*facts["checks"], facts["highest_ess"])), key=lambda pair: pair[1])
+
+
+def _for_weights(facts: Facts) -> str:
+    t, ess = _best_for_weights(facts)
+    return f"{percent(ess)}, the highest seen, at t = {t:.4g}: sample --at {t * facts['temperature']:.4g}"
 
 
 def _source(facts: Facts) -> str:

@@ -273,12 +273,12 @@ def test_tune_and_sample_tuned(copied, tmp_path):
     assert record["done"] and record["n_energy_evaluations"] > 0
     facts["t_star"] = {"value": 0.9, "interval": [0.85, 0.95], "share_without": 0.0}
     trained = facts["checks"][0] | {"ess": 0.5, "ess_error": 0.03}
-    facts["checks"] = [trained, trained | {"name": "t*", "ess": 0.4}]
+    facts["checks"] = [trained, trained | {"name": "t*", "t": 0.9, "ess": 0.4}]
     facts["highest_ess"] = {"t": 1.1, "ess": 0.55}
     (copied / "tuning_600K.json").write_text(json.dumps(facts))
     again = invoke("tune", copied, *rest).stdout  # what is done is not done again
     shown = " ".join(again.replace("│", " ").split())
-    assert "run at 540 K" in shown and "55 % at t = 1.1: for weighted draws, sample --at 660" in shown
+    assert "run at 540 K" in shown and "55 %, the highest seen, at t = 1.1: sample --at 660" in shown
 
     out = tmp_path / "a.npz"
     result = invoke("sample", copied, "-T", 600, "-n", 50, "--tuned", "--out", out)
