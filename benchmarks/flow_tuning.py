@@ -137,9 +137,10 @@ def measure(
             )  # fmt: skip
             rows[label] = compared(ensemble, reference.at(kelvin), flow.molecule)
             raw, run_at = of_ensemble(ensemble, flow.molecule)[0], round(ensemble.sampling_temperature)
-            panels.append(replace(raw, label=f"{size:,} frames, {label}", temperature=float(run_at)))
+            panels.append(replace(raw, label=label, temperature=float(run_at)))
         panels.append(of_reference(reference, kelvin))
-        save(ramachandran(panels, note=small_print(seed)), options.out / f"maps_{name}.png")
+        note = f"Trained on {size:,} frames at 600 K, {how}. {small_print(seed)}"
+        save(ramachandran(panels, note=note), options.out / f"maps_{name}.png")
         found[f"{kelvin:g}"] = {"tuning": tuning, "draws": rows}
     facts = {"training": how, "frames": size, "seed": seed, "steps": options.steps, "draws": options.draws}
     return {**facts, **training, "temperatures": found}
