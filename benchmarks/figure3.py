@@ -3,6 +3,7 @@
     python benchmarks/figure3.py --out figure3                    # two force fields, four flows, three seeds: hours
     python benchmarks/figure3.py --out figure3 --steps 600 --seeds 1 2
     python benchmarks/figure3.py --out figure3 --seeds             # no flow: what is exact
+    python benchmarks/figure3.py --out figure3 --flows no-entropy entropy --refined 150000    # these, refined at 600 K
 
 Results are kept in the directory as they come, one file for each flow and seed; what is there is not done again, and
 what was interrupted goes on. Parallel tempering goes on from where it is if --iterations is raised.
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,8 +29,18 @@ from openmm_tsf.dynamics import N_WALKERS, simulate
 from openmm_tsf.files import write_text
 from openmm_tsf.portraits import Exact, of_exchange, of_reference, two_states
 from openmm_tsf.reference import load_reference
+from openmm_tsf.refinement import RefinementSettings, refine
 from openmm_tsf.steering_plots import entropy_figure, histograms_figure, maps_figure
-from openmm_tsf.steering_study import FLOWS, TEMPERATURES, Study, exchanged, share_table, study
+from openmm_tsf.steering_study import (
+    FLOWS,
+    TEMPERATURES,
+    Study,
+    drawn,
+    energy_curve,
+    exchanged,
+    share_table,
+    study,
+)
 
 PAPER, OURS = "ff99sbildn-obc2", "ff96-obc1"
 """The force field of the paper, and that of the reference that ships."""
@@ -78,6 +91,28 @@ class Work:
             raise SystemExit(f"{path} is of {found.steps} steps on {found.n_frames} frames; choose another --out")
         return found
 
+    def refined(self, name: str, seed: int) -> Study:
+        """The same after a refinement at 600 K, on weighted draws, which know populations better than the frames."""
+        folder, options = self._place(name, seed), self.options
+        path = folder / "study_refined.json"
+        if not path.exists():
+            before, begin, flow = self.study(name, seed), time.perf_counter(), tsf.load_flow(folder / "flow.tsf")
+            training = replace(RefinementSettings().training, steps=options.refine_steps)
+            settings = RefinementSettings(n=options.refined, rounds=1, training=training)
+            done = refine(
+                flow, self.energy, 600.0, settings, directory=folder / "refinement", seed=seed,
+                progress=Bar(f"{self.model} {name} {seed}, refined"),
+            )  # fmt: skip
+            tsf.save_flow(flow, folder / "flow_600K.tsf")
+            raw, reweighted = drawn(flow, self.energy, options.draws, torch.Generator().manual_seed(seed))
+            after = replace(
+                before, raw=raw, reweighted=reweighted, curve=energy_curve(flow),
+                n_energy_evaluations=before.n_energy_evaluations + done.n_energy_evaluations,
+                seconds=before.seconds + time.perf_counter() - begin,
+            )  # fmt: skip
+            write_text(path, after.to_json())
+        return Study.from_json(path.read_text("utf-8"))
+
     def _place(self, name: str, seed: int) -> Path:
         return self.folder / f"{name}_{seed}"
 
@@ -108,11 +143,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200, help="of the training")
     parser.add_argument("--frames", type=int, default=400_000, help="of the training")
     parser.add_argument("--draws", type=int, default=100_000, help="at each temperature")
+    parser.add_argument("--refined", type=int, default=0, help="draws of a refinement of flows at 600 K; 0 for none")
+    parser.add_argument("--refine-steps", type=int, default=800, help="of it")
     parser.add_argument("--iterations", type=int, default=20_000, help="of parallel tempering alone, 200 fs each")
     parser.add_argument("--corrected", type=int, default=1000, help="iterations with a flow, of the first seed")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    exact, studies = [], []
+    exact, studies, refined = [], [], []
     for model in options.models:
         work = Work(model, options)
         exact.append(work.exact())
@@ -122,6 +159,9 @@ def main() -> None:
         for seed in options.seeds:
             studies += [work.study(name, seed) for name in options.flows]
             print(share_table(exact, studies), flush=True)
+            if options.refined:
+                refined += [work.refined(name, seed) for name in options.flows]
+                print("refined at 600 K:", share_table(exact, refined), sep="\n", flush=True)
         if model == PAPER and options.seeds:
             draw_flows(work, exact[-1], [study for study in studies if study.seed == options.seeds[0]])
     print(share_table(exact, studies))
