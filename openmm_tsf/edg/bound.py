@@ -1,0 +1,202 @@
+"""The bound of the relative entropy that trains a generator.
+
+A decoder's draw x, its latents z_0 and their diffusion z_t to t = 1 have a joint density; so have x ~ pi = exp(-U)/Z
+and the encoder's path, which starts at z_1 ~ N(0, I) and comes back with the drift f - g^2 s. The relative entropy of
+the two bounds that of x alone:
+
+    KL(p_D(x) || pi) <= E[ln p_D(x)/pi(x)] + I(x; z_1) + int g^2/2 E|grad ln p_D(z_t|x) - s|^2 dt            (1)
+
+since z_1 | x differs from N(0, I), the marginal of z_1, by the mutual information I(x; z_1). The unknown densities go
+out by the entropy balances of z_t given x and of z_t, both under the same noise,
+
+    I(x; z_0) - I(x; z_1) = int g^2/2 (E|grad ln p_D(z_t|x)|^2 - E|grad ln p_D(z_t)|^2) dt,
+
+by E[ln p_D(x)] = E[ln p_D(x|z_0)] - I(x; z_0), and by parts: E[s . grad ln p_D(z_t|x)] = -E[div s]. What is left is
+
+    bound = E[ln p_D(x|z_0) + U(x)] + int g^2/2 E[|s|^2 + 2 div s] dt + int g^2/2 E|grad ln p_D(z_t)|^2 dt + ln Z.
+
+I(x; z_1) has cancelled: that z_1 still knows a little of x costs exactly what (1) says, no more. Nor is E[ln p_D(z_0)]
+missing: z_t is N(0, I) at all times, since this is what the diffusion keeps, so E[ln p_D(z_0)] and E[ln p_D(z_1)],
+which the encoder's start has with the opposite sign, cancel, and the last integral is d_z Lambda/2 for a Lambda up to
+t = 1. The bound is tight where x and z_1 are independent and s is the score of z_t given x.
+
+Estimator. With the base and the correction of `scores`, and antithetic noise +-eps,
+
+    h = |s|^2 - |z_t|^2 + 2 d_z + 2 div(base) + 2 (correction . eps)/sigma,
+
+averaged over both signs, has the mean |s|^2 + 2 div s + d_z: E|z_t|^2 = d_z, and E[f . eps] = sigma E[div f] for
+Gaussian noise. The difference of the correction between both signs makes up for 1/sigma. The integral is E[weight h]
+over the clock of `diffusion`, in strata over the batch. For s = -z, where x knows nothing of z, every term is zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from openmm_tsf.edg.generator import EDG
+from openmm_tsf.edg.networks import Latents, Target
+from openmm_tsf.edg.scores import Given
+from openmm_tsf.typing import Scalars, Vectors
+
+
+@dataclass(frozen=True)
+class BoundSample:
+    """An estimate of the bound less ln Z, with temperatures averaged over where there are several.
+
+    Attributes:
+        loss: scalar, differentiable; its gradient trains decoder and score.
+        value: the bound less ln Z [nat]: on average at least -ln Z.
+        error: standard error of the value [nat].
+        energy: mean U/tau.
+        entropy: mean entropy of x | z_0 [nat].
+        encoder: the integrals over time [nat].
+        n_nonfinite: draws left out because their energy, its gradient or x itself was not finite.
+        n_energy_evaluations: of the target; a gradient counts one, and so does a product with its Hessian.
+    """
+
+    loss: Float[Tensor, ""]
+    value: float
+    error: float
+    energy: float
+    entropy: float
+    encoder: float
+    n_nonfinite: int
+    n_energy_evaluations: int
+
+
+def kl_bound(
+    edg: EDG, target: Target, n: int, *, tau: float | Scalars = 1.0, times: int = 1, soften_above: float = torch.inf,
+    generator: torch.Generator,
+) -> BoundSample:  # fmt: skip
+    """Estimate the bound less ln Z from n draws of the decoder.
+
+    A draw whose x, energy or gradient is not finite is left out of everything, and counted: the estimate is then of the
+    draws that the target knows, and says nothing about the others.
+
+    Args:
+        edg: the generator.
+        target: U at temperature 1.
+        n: draws, each costing one energy and its gradient, and twice the slopes that the decoder takes.
+        tau: temperature, or temperatures (n,).
+        times: of the diffusion for each draw, each with two evaluations of the score.
+        soften_above: reduced energies above this pull like their logarithm; the value does not know of it.
+        generator: of everything.
+
+    Raises:
+        ValueError: a target of another dimension, or an energy not of shape (B,).
+        RuntimeError: no draw is finite.
+    """
+    check_target(edg, target)
+    options = {"generator": generator, "dtype": edg.dtype, "device": generator.device}
+    taus = torch.as_tensor(tau, dtype=edg.dtype, device=edg.device).expand(n)
+    z = torch.randn(n, edg.latent_dim, **options).to(edg.device)
+    xi = torch.randn(n, edg.dim, **options).to(edg.device)
+    eps = torch.randn(times * n, edg.latent_dim, **options).to(edg.device)
+    u = _strata(n, times, **options).to(edg.device)
+    evaluations = n * (1 + 2 * edg.decoder.n_slopes)
+    drawn = _decode(edg, target, z, xi, taus, soften_above)
+    good = drawn.finite
+    n_bad = int((~good).sum())
+    if n_bad == n:
+        raise RuntimeError(f"none of {n} draws has a finite energy and gradient; is the target finite where draws are?")
+    if n_bad:  # once more, since a bad row of the graph would make every gradient NaN
+        rows = good.nonzero()[:, 0]
+        z, xi, taus = z[rows], xi[rows], taus[rows]
+        eps, u = (y.view(times, n, *y.shape[1:])[:, rows].flatten(0, 1) for y in (eps, u))
+        evaluations += len(rows) * (1 + edg.decoder.n_slopes)
+        drawn = _decode(edg, target, z, xi, taus, soften_above)
+    given = edg.score.given(drawn.x, taus)
+    inner = integrand(edg, z.repeat(times, 1), given.repeated(times) if times > 1 else given, u, eps)
+    inner = inner.view(times, -1).mean(0)
+    rows = drawn.energy - drawn.entropy.detach() + inner.detach()
+    surrogate = ((drawn.slope * drawn.x).sum(1) - drawn.entropy + inner).mean()
+    value = rows.mean()
+    return BoundSample(
+        loss=surrogate - surrogate.detach() + value,
+        value=float(value),
+        error=float(rows.std() / len(rows) ** 0.5),
+        energy=float(drawn.energy.mean()),
+        entropy=float(drawn.entropy.detach().mean()),
+        encoder=float(inner.detach().mean()),
+        n_nonfinite=n_bad,
+        n_energy_evaluations=evaluations,
+    )
+
+
+def integrand(edg: EDG, z0: Latents, given: Given, u: Scalars, eps: Latents) -> Scalars:
+    """The integrals over time of the bound, at one clock reading for each row: (B,), their mean is the sum of both.
+
+    Args:
+        z0: (B, d_z) latents.
+        given: of the x that they gave.
+        u: (B,) clock readings in (0, 1).
+        eps: (B, d_z) noise, taken with both signs.
+    """
+    t, weight = edg.diffusion.times(u)
+    centre, noise = edg.diffusion.perturbed(z0, t, torch.zeros_like(eps)), edg.diffusion.width(t)[:, None] * eps
+    z = torch.cat((centre + noise, centre - noise))
+    parts = edg.score.parts(z, given.repeated(2), t.repeat(2))
+    s = parts.base + parts.correction
+    plain = s.square().sum(1) - z.square().sum(1) + 2.0 * parts.divergence
+    there, back = parts.correction.chunk(2)
+    divergence = ((there - back) * eps).sum(1) / (2.0 * edg.diffusion.width(t))
+    h = 0.5 * (plain[: len(u)] + plain[len(u) :]) + 2.0 * divergence + 2.0 * z.shape[1]
+    return weight * h
+
+
+def check_target(edg: EDG, target: Target) -> None:
+    """Refuse a target that the generator was not built for.
+
+    Raises:
+        ValueError: another dimension.
+    """
+    if target.dim != edg.dim:
+        raise ValueError(f"the target has {target.dim} dimensions, the generator {edg.dim}")
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """x with its graph, and of each row: raw U/tau, gradient of the softened U/tau, entropy, whether all is finite."""
+
+    x: Vectors
+    energy: Scalars
+    slope: Vectors
+    entropy: Scalars
+    finite: Tensor
+
+
+def _decode(edg: EDG, target: Target, z: Latents, xi: Vectors, tau: Scalars, soften_above: float) -> _Drawn:
+    conditional = edg.decoder.conditional(z, tau)
+    x = conditional.sample(xi)
+    with torch.enable_grad():
+        here = x.detach().requires_grad_()
+        energy = reduced(target, here, tau)
+        (slope,) = torch.autograd.grad(energy.sum(), here)
+    energy = energy.detach()
+    excess = (energy - soften_above).clamp_min(0.0)
+    finite = torch.isfinite(energy) & torch.isfinite(slope).all(1) & torch.isfinite(here).all(1)
+    return _Drawn(x, energy, slope / (1.0 + excess)[:, None], conditional.entropy, finite)
+
+
+def reduced(target: Target, x: Vectors, tau: Scalars) -> Scalars:
+    """U/tau (B,) of vectors (B, d) at temperatures (B,), in their dtype.
+
+    Raises:
+        ValueError: the target gives something else than one number for each row.
+    """
+    energy = target(x)
+    if energy.shape != x.shape[:1]:
+        raise ValueError(f"the target gave energies of shape {tuple(energy.shape)} for {len(x)} rows")
+    return energy.to(x.dtype) / tau
+
+
+def _strata(n: int, times: int, **options: object) -> Scalars:
+    """Clock readings (times n,): each draw has one in each of `times` parts of (0, 1), and all together are even."""
+    order = torch.rand(times, n, **options).argsort(1)  # so that strata do not go with anything else of the rows
+    within = (order + torch.rand(times, n, **options)) / n
+    u = ((torch.arange(times, device=within.device)[:, None] + within) / times).flatten()
+    return u.clamp_min(1e-6)  # at 0 there is no noise to divide by

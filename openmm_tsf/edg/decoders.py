@@ -1,0 +1,174 @@
+"""From latents to configurations: x | z is a Gaussian with a diagonal covariance, made by a network or by dynamics."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from openmm_tsf.edg.networks import Features, Latents, Target, leading, perceptron, slope, with_temperature
+from openmm_tsf.typing import Scalars, Vectors
+
+LARGEST_LOG_WIDTH = 8.0
+"""Networks cannot make widths larger or smaller than exp of this times the one that they start with."""
+
+
+@dataclass(frozen=True, eq=False)
+class Conditional:
+    """x | z of a batch of latents: independent Gaussians of every component.
+
+    Args:
+        mean: (B, d).
+        log_width: (B, d), ln of the standard deviations.
+    """
+
+    mean: Vectors
+    log_width: Vectors
+
+    def sample(self, eps: Vectors) -> Vectors:
+        """x (B, d) of standard normal numbers (B, d); differentiable."""
+        return self.mean + self.log_width.exp() * eps
+
+    def log_prob(self, x: Vectors) -> Scalars:
+        """ln p(x | z) (B,) [nat]."""
+        eps = (x - self.mean) * torch.exp(-self.log_width)
+        return -(0.5 * eps.square() + self.log_width + 0.5 * math.log(2.0 * math.pi)).sum(1)
+
+    @property
+    def entropy(self) -> Scalars:
+        """-E[ln p(x | z)] (B,) [nat]."""
+        return (self.log_width + 0.5 * math.log(2.0 * math.pi * math.e)).sum(1)
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """What a generator asks of a decoder. `n_slopes` is the number of gradients of the target that a draw costs."""
+
+    latent_dim: int
+    dim: int
+    conditioned: bool
+    n_slopes: int
+
+    def conditional(self, z: Latents, tau: Scalars | None = None) -> Conditional: ...
+
+
+class GaussianDecoder(nn.Module):
+    """A perceptron of the latents: x = spread (z + f(z)) + w(z) xi, xi ~ N(0, I).
+
+    Args:
+        latent_dim, dim: numbers of latents and of components; components beyond the latents start without them.
+        hidden, depth: of the perceptron.
+        spread: standard deviation of x at the start, in the unit of x; about that of the target when heated up.
+        width: at the start, in units of `spread`.
+        conditioned: whether ln tau is an input; widths then grow as sqrt(tau) before the network corrects them.
+    """
+
+    n_slopes = 0
+
+    def __init__(
+        self, latent_dim: int, dim: int, *, hidden: int = 128, depth: int = 3, spread: float = 1.0, width: float = 0.3,
+        conditioned: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.latent_dim, self.dim, self.conditioned = latent_dim, dim, conditioned
+        self.spread, self.log_width = positive("spread", spread), math.log(positive("width", width) * spread)
+        self.net = perceptron(latent_dim + conditioned, 2 * dim, hidden=hidden, depth=depth)
+
+    def conditional(self, z: Latents, tau: Scalars | None = None) -> Conditional:
+        """x | z of latents (B, d_z) at temperatures (B,)."""
+        shift, change = self.net(with_temperature(z, tau, conditioned=self.conditioned)).chunk(2, 1)
+        log_width = self.log_width + bounded(change)
+        if self.conditioned:
+            log_width = log_width + 0.5 * tau.log()[:, None]
+        return Conditional(self.spread * (leading(z, self.dim) + shift), log_width)
+
+
+class HamiltonianDecoder(nn.Module):
+    """Generalised Hamiltonian dynamics of the target, stage by stage, and a step of Langevin dynamics at the end.
+
+    From y = spread (z + f(z)), each stage gives itself a fresh velocity v = M z + r(z) and takes leapfrog steps
+
+        v <- v - (h_l/2) (grad u(y) * exp(Q_v/2) + T_v),    Q_v, T_v of (y, l)
+        y <- y + h_l (v * exp(Q_y) + T_y),                  Q_y, T_y of (v, l)
+        v <- v - (h_l/2) (grad u(y) * exp(Q_v/2) + T_v)
+
+    with u = U/tau. In the end x = y - h grad u(y) + sqrt(2 h) xi, xi ~ N(0, I). The time steps h_l and h (d,) are
+    learned; they are e0 exp(e0 eps_l) and e0 exp(e0 eta) of the source, where Q has a factor e0 too. The kick that ends
+    a stage is left out: its velocity goes nowhere. So a draw costs stages * leaps + 1 gradients of u; training
+    needs as many products with its Hessian.
+
+    Args:
+        target: U.
+        dim: of x.
+        stages: of the dynamics; 0 leaves the Langevin step alone.
+        leaps: leapfrog steps of a stage.
+        latent_dim: number of latents; by default `dim`.
+        step: time step e0, in units where u of curvature 1 has the period 2 pi.
+        hidden, depth: of the networks.
+        spread: standard deviation of y at the start.
+        conditioned: whether ln tau is an input of the networks.
+
+    Source: Wang, Guo, Wu, Zhou, arXiv 2401.02080; scaled leapfrog steps: Levy, Hoffman, Sohl-Dickstein, arXiv
+    1711.09268.
+    """
+
+    def __init__(
+        self, target: Target, dim: int, stages: int, *, leaps: int = 1, latent_dim: int | None = None,
+        step: float = 0.05, hidden: int = 64, depth: int = 2, spread: float = 1.0, conditioned: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if stages < 0 or leaps < 1:
+            raise ValueError(f"need stages >= 0 of at least 1 leapfrog step, not {stages} of {leaps}")
+        self.target, self.dim, self.stages, self.leaps = target, dim, stages, leaps
+        self.conditioned, self.latent_dim, self.n_slopes = conditioned, latent_dim or dim, stages * leaps + 1
+        self.spread, size = positive("spread", spread), {"hidden": hidden, "depth": depth}
+        self.start = perceptron(self.latent_dim + conditioned, dim * (1 + stages), **size)
+        self.mixing = nn.Parameter(torch.randn(stages, self.latent_dim, dim) / math.sqrt(self.latent_dim))
+        self.kicks = nn.ModuleList(perceptron(dim + conditioned, 2 * dim, **size) for _ in range(stages))
+        self.drifts = nn.ModuleList(perceptron(dim + conditioned, 2 * dim, **size) for _ in range(stages))
+        self.log_steps = nn.Parameter(torch.full((stages,), math.log(positive("step", step))))
+        self.log_step = nn.Parameter(torch.full((dim,), math.log(step)))
+
+    def conditional(self, z: Latents, tau: Scalars | None = None) -> Conditional:
+        """x | z of latents (B, d_z) at temperatures (B,)."""
+        shift, *velocities = self.start(self._input(z, tau)).chunk(1 + self.stages, 1)
+        y = self.spread * (leading(z, self.dim) + shift)
+        g = slope(self.target, y, tau)
+        for stage, velocity in enumerate(velocities):
+            h = self.log_steps[stage].exp()
+            v = self._kick(velocity + z @ self.mixing[stage], y, g, h, stage, tau)
+            for leap in range(self.leaps):
+                if leap:  # two half kicks at the same place
+                    v = self._kick(v, y, g, 2.0 * h, stage, tau)
+                q, t = self.drifts[stage](self._input(v, tau)).chunk(2, 1)
+                y = y + h * (v * bounded(q).exp() + t)
+                g = slope(self.target, y, tau)
+        h = self.log_step.exp()
+        return Conditional(y - h * g, (0.5 * (math.log(2.0) + self.log_step)).expand_as(y))
+
+    def _kick(self, v: Vectors, y: Vectors, g: Vectors, h: Tensor, stage: int, tau: Scalars | None) -> Vectors:
+        """Half a time step h of the force."""
+        q, t = self.kicks[stage](self._input(y / self.spread, tau)).chunk(2, 1)
+        return v - 0.5 * h * (g * torch.exp(0.5 * bounded(q)) + t)
+
+    def _input(self, z: Latents, tau: Scalars | None) -> Features:
+        return with_temperature(z, tau, conditioned=self.conditioned)
+
+
+def bounded(x: Tensor) -> Tensor:
+    """x where it is small, and never beyond +-LARGEST_LOG_WIDTH; smooth."""
+    return LARGEST_LOG_WIDTH * torch.tanh(x / LARGEST_LOG_WIDTH)
+
+
+def positive(name: str, value: float) -> float:
+    """The number itself.
+
+    Raises:
+        ValueError: it is not finite and above 0.
+    """
+    if not (math.isfinite(value) and value > 0.0):
+        raise ValueError(f"{name} must be finite and above 0, not {value:g}")
+    return float(value)

@@ -1,0 +1,159 @@
+"""Weighted draws of a generator: what was drawn, what the target says to it, and what the encoder does."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from openmm_tsf import weights
+from openmm_tsf.edg.bound import check_target, reduced
+from openmm_tsf.edg.encoder_ode import encoder_paths, encoder_sample
+from openmm_tsf.edg.generator import EDG
+from openmm_tsf.edg.networks import Latents, Target
+from openmm_tsf.typing import Scalars, Vectors
+
+FEWEST = 100
+"""Draws below which an effective sample size means nothing: the large weights are still to come."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EDGDraws:
+    """Draws with weights w = exp(-U(x)/tau)/p^(x), whose mean is Z(tau).
+
+    p^ stands for the decoder's density of x, which has no closed form: with the latents z_0 that x came from and k
+    companions z_1 ... z_k ~ p_E(z|x), it is the mean of p_D(z_i) p_D(x|z_i)/p_E(z_i|x) over all of them. That 1/p^ has
+    the mean 1/p_D(x) for any k: the probability of x and its k + 1 latents, of which any may be the one that x came
+    from, over pi(x) p_E(z_0|x) ... p_E(z_k|x). Companions make the weights more even, down to those of p_D(x) itself,
+    and cost no energy with a decoder that is a network.
+
+    Args:
+        x: (n, d).
+        energy: (n,) raw U; +inf, a weight of zero, where the target was not finite.
+        log_density: (n,) ln p^(x) [nat].
+        log_prob_encoder: (n,) ln p_E(z_0|x) [nat].
+        tau: temperature of the target.
+        companions: k.
+        n_function_evaluations: of the score in the solver, for each draw with its companions.
+        n_energy_evaluations: of the target, gradients in the decoder among them.
+        tolerance: (rtol, atol) of the solver.
+        n_nonfinite: draws whose energy was NaN or infinite.
+    """
+
+    x: Vectors
+    energy: Scalars
+    log_density: Scalars
+    log_prob_encoder: Scalars
+    tau: float
+    companions: int
+    n_function_evaluations: float
+    n_energy_evaluations: int
+    tolerance: tuple[float, float]
+    n_nonfinite: int
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __repr__(self) -> str:
+        return f"EDGDraws({len(self)} draws in {self.x.shape[1]} dimensions, ESS {100 * self.ess:.3g} %)"
+
+    @cached_property
+    def log_weights(self) -> Scalars:
+        """ln w (n,) [nat]."""
+        return -self.energy / self.tau - self.log_density
+
+    @cached_property
+    def ess(self) -> float:
+        """Kish's effective sample size as a share of all draws; unclipped."""
+        return weights.effective_sample_size(self.log_weights)
+
+    @cached_property
+    def largest_weight_share(self) -> float:
+        """Share of the total weight that the heaviest draw carries."""
+        return weights.largest_weight_share(self.log_weights)
+
+    @cached_property
+    def log_z(self) -> float:
+        """Estimate of ln Z(tau), ln of the mean weight [nat]."""
+        return weights.log_mean_exp(self.log_weights)
+
+    @property
+    def log_z_error(self) -> float:
+        """Standard error of `log_z` [nat]: the relative one of the mean weight, sqrt((1/ESS - 1)/n)."""
+        return math.sqrt((1.0 / self.ess - 1.0) / len(self)) if self.ess > 0 else math.inf
+
+    @cached_property
+    def log_z_bound(self) -> float:
+        """Lower bound of ln Z(tau): the mean of ln w [nat]; -inf with a weight of zero."""
+        return float(weights.checked(self.log_weights).mean())
+
+    def resampled(self, n: int | None = None, *, generator: torch.Generator) -> Vectors:
+        """n draws (default: as many as there are) of equal weight, heavy ones repeated."""
+        return self.x[weights.systematic_resample(self.log_weights, n or len(self), generator)]
+
+
+@torch.no_grad()
+def draw(
+    edg: EDG, target: Target, tau: float = 1.0, n: int = 10_000, *, companions: int = 0, generator: torch.Generator,
+    rtol: float = 1e-4, atol: float = 1e-4, chunk: int = 8192,
+) -> EDGDraws:  # fmt: skip
+    """Draw from a generator and weigh the draws.
+
+    Args:
+        edg: the generator.
+        target: U at temperature 1.
+        tau: temperature, as a multiple of that of training.
+        n: draws, each costing one energy besides what the decoder takes.
+        companions: latents beside its own that each draw is weighed with; see `EDGDraws`.
+        generator: of the draws.
+        rtol, atol: tolerances of the encoder's density; see `encoder_ode.encoder_paths`.
+        chunk: draws in a batch of the solver, with a step size of its own.
+
+    Raises:
+        ValueError: too few draws for weights to mean anything, or a target of another dimension.
+        RuntimeError: the solver does not converge, or no draw has a finite energy.
+    """
+    if n < FEWEST:
+        raise ValueError(f"the weights of {n} draws say nothing of the effective sample size; draw at least {FEWEST}")
+    if companions < 0:
+        raise ValueError(f"the number of companions cannot be negative, got {companions}")
+    check_target(edg, target)
+    density = edg.at(tau)
+    parts, evaluations = [], 0.0
+    for start in range(0, n, chunk):
+        taus = density.taus(min(chunk, n - start))
+        conditional, x, z = density.decoded(len(taus), generator=generator)
+        solver = {"rtol": rtol, "atol": atol, "tau": taus}
+        own = encoder_paths(edg, z, x, **solver)
+        ratios = [log_normal(z) + conditional.log_prob(x) - own.log_prob]
+        evaluations += own.n_function_evaluations * len(x) / n
+        for _ in range(companions):
+            other = encoder_sample(edg, x, generator=generator, **solver)
+            log_joint = log_normal(other.start) + edg.decoder.conditional(other.start, taus).log_prob(x)
+            ratios.append(log_joint - other.log_prob)
+            evaluations += other.n_function_evaluations * len(x) / n
+        log_density = torch.stack(ratios).logsumexp(0) - math.log(1 + companions)
+        parts.append((x, reduced(target, x, torch.ones_like(taus)), log_density, own.log_prob))
+    x, energy, log_density, log_prob_encoder = (torch.cat(column) for column in zip(*parts, strict=True))
+    finite = torch.isfinite(energy)
+    if not finite.any():
+        raise RuntimeError(f"none of {n} draws has a finite energy")
+    return EDGDraws(
+        x=x,
+        energy=torch.where(finite, energy, torch.inf),
+        log_density=log_density,
+        log_prob_encoder=log_prob_encoder,
+        tau=tau,
+        companions=companions,
+        n_function_evaluations=evaluations,
+        n_energy_evaluations=n * (1 + edg.decoder.n_slopes * (1 + companions)),
+        tolerance=(rtol, atol),
+        n_nonfinite=int((~finite).sum()),
+    )
+
+
+def log_normal(z: Latents) -> Scalars:
+    """ln N(z; 0, I) (B,) [nat]."""
+    return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2.0 * math.pi))

@@ -1,0 +1,174 @@
+"""A generator: decoder, score and diffusion, and the door through which its temperature enters."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from openmm_tsf.edg.decoders import Conditional, Decoder, GaussianDecoder, HamiltonianDecoder
+from openmm_tsf.edg.diffusion import VariancePreserving
+from openmm_tsf.edg.networks import Latents, Target
+from openmm_tsf.edg.scores import EnergyScore, GaussianScore, PlainScore, Score
+from openmm_tsf.typing import Vectors
+
+DecoderKind = Literal["gaussian", "hamiltonian"]
+ScoreKind = Literal["gaussian", "plain", "energy", "variational"]
+
+
+class EDG(nn.Module):
+    """An energy-based diffusion generator.
+
+    Args:
+        decoder: latents to x.
+        score: of the encoder.
+        diffusion: of the encoder; the same that the score has.
+
+    Raises:
+        ValueError: decoder and score of different numbers of latents, or only one of them conditioned on temperature.
+    """
+
+    def __init__(self, decoder: Decoder, score: Score, diffusion: VariancePreserving | None = None) -> None:
+        super().__init__()
+        if decoder.latent_dim != score.latent_dim:
+            raise ValueError(f"the decoder has {decoder.latent_dim} latents, the score {score.latent_dim}")
+        self.decoder, self.score, self.diffusion = decoder, score, diffusion or VariancePreserving()
+
+    @property
+    def dim(self) -> int:
+        """Number of components of x."""
+        return self.decoder.dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Number of latents."""
+        return self.decoder.latent_dim
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether temperature is an input of the networks."""
+        return self.decoder.conditioned
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return next(self.parameters()).device
+
+    def at(self, tau: float = 1.0) -> SampledEDG:
+        """The generator at a temperature, as a multiple of that of training. What temperature does is learned, not
+        exact: weights set it right.
+
+        Raises:
+            ValueError: not finite and above 0, or not 1 for a generator without temperature as an input.
+        """
+        if not (math.isfinite(tau) and tau > 0.0):
+            raise ValueError(f"the temperature must be finite and above 0, not {tau:g}")
+        if tau != 1.0 and not self.conditioned:
+            raise ValueError(
+                f"this generator knows one temperature, tau = 1, not {tau:g}; build it with conditioned=True, and "
+                "train it over a range"
+            )
+        return SampledEDG(self, float(tau))
+
+
+@dataclass(frozen=True, eq=False)
+class SampledEDG:
+    """A generator at one temperature. Its density has no closed form: see `draws.draw` for weights."""
+
+    edg: EDG
+    tau: float
+
+    @torch.no_grad()
+    def sample(self, n: int, *, generator: torch.Generator) -> tuple[Vectors, Latents]:
+        """n draws: x (n, d) and the latents z_0 (n, d_z) that they came from."""
+        _, x, z = self.decoded(n, generator=generator)
+        return x, z
+
+    @torch.no_grad()
+    def decoded(self, n: int, *, generator: torch.Generator) -> tuple[Conditional, Vectors, Latents]:
+        """n draws with the Gaussians that they were drawn from: x | z_0, x and z_0."""
+        edg, options = self.edg, {"generator": generator, "dtype": self.edg.dtype, "device": generator.device}
+        z = torch.randn(n, edg.latent_dim, **options).to(edg.device)
+        xi = torch.randn(n, edg.dim, **options).to(edg.device)
+        conditional = edg.decoder.conditional(z, self.taus(n))
+        return conditional, conditional.sample(xi), z
+
+    def taus(self, n: int) -> Tensor:
+        """The temperature, n times."""
+        return torch.full((n,), self.tau, dtype=self.edg.dtype, device=self.edg.device)
+
+
+@dataclass(frozen=True)
+class EDGSettings:
+    """Architecture of a generator.
+
+    Attributes:
+        decoder: "gaussian", a network, or "hamiltonian", dynamics of the target.
+        score: "gaussian", "plain" or "energy", see `scores`; "variational" is "gaussian" without its correction, so
+            that the encoder is that of a variational autoencoder.
+        latent_dim: number of latents; by default as many as components of x.
+        hidden, depth: width and number of hidden layers of every network.
+        spread: standard deviation of x at the start, in its unit.
+        width: of x given its latents at the start, as a share of `spread` ("gaussian").
+        stages, leaps, step: of the dynamics ("hamiltonian").
+        conditioned: temperature is an input, for training over a range.
+    """
+
+    decoder: DecoderKind = "gaussian"
+    score: ScoreKind = "gaussian"
+    latent_dim: int | None = None
+    hidden: int = 64
+    depth: int = 3
+    spread: float = 1.0
+    width: float = 0.3
+    stages: int = 5
+    leaps: int = 1
+    step: float = 0.05
+    conditioned: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("decoder", DecoderKind), ("score", ScoreKind)):
+            if getattr(self, name) not in get_args(kinds):
+                wanted = ", ".join(get_args(kinds))
+                raise ValueError(f"generator setting {name} must be one of {wanted}, not {getattr(self, name)!r}")
+        for name in ("hidden", "depth", "leaps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"generator setting {name} must be at least 1, not {getattr(self, name)}")
+
+
+def build_edg(target: Target, settings: EDGSettings | None = None, *, seed: int = 0) -> EDG:
+    """An untrained generator for a target, in double precision.
+
+    Args:
+        target: gives the dimension; only Hamiltonian decoders keep it.
+        settings: see EDGSettings.
+        seed: of the networks' first weights.
+    """
+    settings = settings or EDGSettings()
+    latent_dim, diffusion = settings.latent_dim or target.dim, VariancePreserving()
+    size: dict[str, Any] = {"hidden": settings.hidden, "depth": settings.depth}
+    common = {**size, "spread": settings.spread, "conditioned": settings.conditioned}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        decoder: Decoder
+        if settings.decoder == "hamiltonian":
+            dynamics = {"leaps": settings.leaps, "latent_dim": latent_dim, "step": settings.step}
+            decoder = HamiltonianDecoder(target, target.dim, settings.stages, **dynamics, **common)
+        else:
+            decoder = GaussianDecoder(latent_dim, target.dim, width=settings.width, **common)
+        score: Score
+        if settings.score in ("plain", "energy"):
+            score = PlainScore(latent_dim, target.dim, diffusion, **common)
+            score = EnergyScore(decoder, score) if settings.score == "energy" else score
+        else:
+            corrected = settings.score != "variational"
+            score = GaussianScore(latent_dim, target.dim, diffusion, corrected=corrected, **common)
+    return EDG(decoder, score, diffusion).double()

@@ -1,0 +1,77 @@
+"""What decoders and scores share: perceptrons, features of temperatures and times, and slopes of targets."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from openmm_tsf.typing import Scalars, Vectors
+
+Latents = Float[Tensor, "batch latents"]
+"""Of a batch, beside the vectors x that go with them."""
+Features = Float[Tensor, "batch features"]
+"""What a network reads of each member of a batch."""
+TIME_FEATURES = 5
+"""Features of a time."""
+
+
+@runtime_checkable
+class Target(Protocol):
+    """U(x), the reduced energy at temperature 1: minus the log of an unnormalised density of vectors, twice
+    differentiable. At another temperature tau it is U/tau."""
+
+    dim: int
+
+    def __call__(self, x: Vectors) -> Scalars: ...
+
+
+def perceptron(n_in: int, n_out: int, *, hidden: int, depth: int) -> nn.Sequential:
+    """A perceptron that starts at zero output, so that what it corrects starts uncorrected."""
+    widths = [n_in, *[hidden] * depth]
+    layers: list[nn.Module] = []
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), nn.SiLU()]
+    last = nn.Linear(widths[-1], n_out)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(*layers, last)
+
+
+def with_temperature(x: Vectors, tau: Scalars | None, *, conditioned: bool) -> Features:
+    """x with a column ln tau if networks are conditioned on temperature, else x.
+
+    Raises:
+        ValueError: a conditioned network without temperatures.
+    """
+    if not conditioned:
+        return x
+    if tau is None:
+        raise ValueError("this generator is conditioned on temperature: give tau for every row")
+    return torch.cat((x, tau.log()[:, None]), 1)
+
+
+def time_features(u: Scalars) -> Features:
+    """Smooth features of clock readings in [0, 1]."""
+    angles = math.pi * u[:, None] * torch.arange(1, TIME_FEATURES, dtype=u.dtype, device=u.device)
+    return torch.cat((2.0 * u[:, None] - 1.0, angles.cos()), 1)
+
+
+def leading(z: Latents, dim: int) -> Vectors:
+    """The first `dim` columns of z, with zeros where there are not as many."""
+    if z.shape[1] >= dim:
+        return z[:, :dim]
+    return torch.nn.functional.pad(z, (0, dim - z.shape[1]))
+
+
+def slope(target: Target, x: Vectors, tau: Scalars | None) -> Vectors:
+    """Gradient of U/tau at x (B, d), itself differentiable where gradients are on."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        here = x if x.requires_grad and again else x.detach().requires_grad_()
+        (g,) = torch.autograd.grad(target(here).sum(), here, create_graph=again)
+    return g if tau is None else g / tau[:, None]

@@ -1,0 +1,252 @@
+"""Training a generator on the energy alone; resumable to the bit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openmm_tsf.edg.bound import BoundSample, check_target, kl_bound
+from openmm_tsf.edg.generator import EDG
+from openmm_tsf.edg.networks import Target
+from openmm_tsf.files import whole, write_text
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class EDGTrainingSettings:
+    """How to train a generator. The defaults are meant for targets in two dimensions.
+
+    Attributes:
+        steps: number of optimiser steps.
+        batch: draws in a step, each costing an energy and its gradient.
+        times: of the diffusion for each draw.
+        anneal_from: the target starts at 1/anneal_from times its temperature, so that no mode is lost before the
+            decoder has seen it; the temperature falls geometrically to its own.
+        anneal_share: share of the steps that takes; 0 for none of it.
+        learning_rate: largest (AdamW); it rises over the first 2 % of the steps, and falls as a cosine to zero.
+        weight_average: decay of the exponential average of the weights that is kept as the result.
+        clip: largest norm of the gradient, as a multiple of the recent ones' average.
+        soften_above: reduced energies above this pull like their logarithm only; None for never.
+        record_every: steps between rows of the history, which average what lies between.
+        checkpoint_every: steps between checkpoints.
+    """
+
+    steps: int = 4000
+    batch: int = 1024
+    times: int = 1
+    anneal_from: float = 0.01
+    anneal_share: float = 0.7
+    learning_rate: float = 5e-3
+    weight_average: float = 0.998
+    clip: float = 3.0
+    soften_above: float | None = None
+    record_every: int = 100
+    checkpoint_every: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "times", "record_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training setting {name} must be at least 1, not {getattr(self, name)}")
+        for name in ("learning_rate", "clip", "anneal_from"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"training setting {name} must be above 0, not {getattr(self, name):g}")
+        for name in ("anneal_share", "weight_average"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"training setting {name} must be in [0, 1), not {getattr(self, name):g}")
+
+
+@dataclass
+class EDGHistory:
+    """What training saw: rows with step, bound (less ln Z [nat], of the target as heated), energy, entropy, encoder,
+    heat, learning_rate, n_nonfinite."""
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+    n_energy_evaluations: int = 0
+    n_nonfinite: int = 0
+    seconds: float = 0.0
+
+
+def train_edg(
+    edg: EDG, target: Target, settings: EDGTrainingSettings | None = None, *, seed: int,
+    directory: str | Path | None = None, temperatures: Sequence[float] = (1.0,), progress: Progress | None = None,
+) -> EDGHistory:  # fmt: skip
+    """Train a generator in place, by gradients of the bound in single precision.
+
+    Args:
+        edg: a generator; on return it holds the averaged weights.
+        target: U at temperature 1.
+        settings: see EDGTrainingSettings.
+        seed: of all draws.
+        directory: for checkpoints (`edg_training.pt`) and `history.json`; called again with the same arguments,
+            training goes on from there with the same random numbers. None keeps nothing.
+        temperatures: one, or the lowest and the highest of a range in which ln tau is uniform, for generators that are
+            conditioned on temperature.
+        progress: called with (steps done, steps, message).
+
+    Raises:
+        ValueError: a target of another dimension, temperatures that do not fit the generator, or a checkpoint of
+            another run.
+        RuntimeError: no draw of a step has a finite energy, or a gradient is not finite.
+    """
+    check_target(edg, target)
+    trainer = _Trainer(edg, target, settings or EDGTrainingSettings(), seed, temperatures, directory)
+    return trainer.run(progress or (lambda done, total, message: None))
+
+
+class _Trainer:
+    """The state of one training run. Networks in single precision, targets in what they are given."""
+
+    def __init__(
+        self, edg: EDG, target: Target, settings: EDGTrainingSettings, seed: int, temperatures: Sequence[float],
+        directory: str | Path | None,
+    ) -> None:  # fmt: skip
+        self.result, self.target, self.settings = edg, target, settings
+        self.range = _checked_range(temperatures, edg)
+        self.path = None if directory is None else Path(directory) / "edg_training.pt"
+        self.edg = copy.deepcopy(edg).float()
+        self.average = copy.deepcopy(self.edg)
+        self.optimiser = torch.optim.AdamW(self.edg.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.step, self.norm, self.history = 0, 0.0, EDGHistory()
+        self.recent: list[dict[str, float]] = []
+        facts = {"seed": seed, "temperatures": list(self.range), "shapes": [list(p.shape) for p in edg.parameters()]}
+        self.identity = json.dumps({**facts, **asdict(settings)})
+
+    def run(self, progress: Progress) -> EDGHistory:
+        settings = self.settings
+        self._resume()
+        before, begin = self.history.seconds, time.perf_counter()
+        while self.step < settings.steps:
+            sample = self._step()
+            self._record(sample)
+            self.history.seconds = before + time.perf_counter() - begin
+            if self.step % settings.checkpoint_every == 0 or self.step == settings.steps:
+                self._save()
+            progress(self.step, settings.steps, f"bound {sample.value:.3f}")
+        self.result.load_state_dict(self.average.state_dict())
+        return self.history
+
+    def _step(self) -> BoundSample:
+        settings = self.settings
+        self._set_rate()
+        tau = self._heat() * self._temperatures()
+        above = math.inf if settings.soften_above is None else settings.soften_above
+        options = {"times": settings.times, "soften_above": above, "generator": self.generator}
+        sample = kl_bound(self.edg, self.target, settings.batch, tau=tau, **options)
+        self.optimiser.zero_grad()
+        sample.loss.backward()
+        limit = settings.clip * self.norm if self.norm else math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.edg.parameters(), limit))
+        if not math.isfinite(norm):
+            raise RuntimeError(
+                f"the gradient is not finite at step {self.step}; a smaller learning_rate or soften_above may help"
+            )
+        self.norm = min(norm, limit) if not self.norm else 0.98 * self.norm + 0.02 * min(norm, limit)
+        self.optimiser.step()
+        self.step += 1
+        self._average()
+        return sample
+
+    def _set_rate(self) -> None:
+        """Learning rate of this step."""
+        settings, done = self.settings, self.step / self.settings.steps
+        rise = min(1.0, (done + 1.0 / settings.steps) / 0.02)
+        for group in self.optimiser.param_groups:
+            group["lr"] = settings.learning_rate * rise * 0.5 * (1.0 + math.cos(math.pi * done))
+
+    def _heat(self) -> float:
+        """How many times hotter than it should be the target is."""
+        settings = self.settings
+        done = self.step / (settings.steps * settings.anneal_share) if settings.anneal_share else 1.0
+        return settings.anneal_from ** -max(0.0, 1.0 - done)
+
+    def _temperatures(self) -> torch.Tensor:
+        low, high = (math.log(t) for t in self.range)
+        return torch.exp(low + (high - low) * torch.rand(self.settings.batch, generator=self.generator))
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Move the average of the weights; at the start it follows closely."""
+        keep = min(self.settings.weight_average, self.step / (self.step + 10.0))
+        for mean, new in zip(self.average.parameters(), self.edg.parameters(), strict=True):
+            mean.lerp_(new, 1.0 - keep)
+
+    def _record(self, sample: BoundSample) -> None:
+        history = self.history
+        history.n_energy_evaluations += sample.n_energy_evaluations
+        history.n_nonfinite += sample.n_nonfinite
+        names = ("value", "energy", "entropy", "encoder", "n_nonfinite")
+        self.recent.append({name: float(getattr(sample, name)) for name in names})
+        if self.step % self.settings.record_every and self.step != self.settings.steps:
+            return
+        means = {name: sum(row[name] for row in self.recent) / len(self.recent) for name in names}
+        rate = self.optimiser.param_groups[0]["lr"]
+        row = {"step": self.step, "bound": means.pop("value"), **means, "heat": self._heat(), "learning_rate": rate}
+        history.rows.append(row)
+        self.recent = []
+
+    def _save(self) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "identity": self.identity, "step": self.step, "norm": self.norm, "edg": self.edg.state_dict(),
+            "average": self.average.state_dict(), "optimiser": self.optimiser.state_dict(),
+            "generator": self.generator.get_state(), "recent": self.recent, "history": asdict(self.history),
+        }  # fmt: skip
+        with whole(self.path) as temporary:
+            torch.save(state, temporary)
+        write_text(self.path.parent / "history.json", json.dumps(asdict(self.history), indent=1))
+
+    def _resume(self) -> None:
+        """Go on from the checkpoint in the directory, if there is one."""
+        if self.path is None or not self.path.exists():
+            return
+        state = _read_state(self.path)
+        if state["identity"] != self.identity:
+            raise ValueError(f"{self.path} belongs to a run with other settings; use another directory or delete it")
+        self.edg.load_state_dict(state["edg"])
+        self.average.load_state_dict(state["average"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.generator.set_state(state["generator"])
+        self.step, self.norm, self.recent = state["step"], state["norm"], state["recent"]
+        self.history = EDGHistory(**state["history"])
+
+
+def _checked_range(temperatures: Sequence[float], edg: EDG) -> tuple[float, float]:
+    """The lowest and the highest temperature.
+
+    Raises:
+        ValueError: not one or two in ascending order above 0, or a range for a generator of one temperature.
+    """
+    values = [float(t) for t in temperatures]
+    if len(values) not in (1, 2) or values != sorted(values) or not 0.0 < values[0] <= values[-1] < math.inf:
+        raise ValueError(f"temperatures must be one, or the two ends of a range above 0, not {values}")
+    if values != [1.0] and not edg.conditioned:
+        raise ValueError(f"a range of temperatures {values} needs a generator with conditioned=True")
+    return values[0], values[-1]
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """What `_save` wrote; nothing in the file is executed.
+
+    Raises:
+        ValueError: the file is damaged, or something else.
+    """
+    try:
+        state = torch.load(path, weights_only=True)
+        if not isinstance(state, dict) or "identity" not in state:
+            raise ValueError("it holds something else")
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is not a training checkpoint ({reason}); delete it to start again") from error
+    return state
