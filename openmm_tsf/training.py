@@ -27,6 +27,8 @@ from .vectors import Samples
 from .weights import effective_sample_size
 
 Progress = Callable[[int, int, str], None]
+FORMAT = 2
+"""Of checkpoints."""
 JUDGED_BY = 4096
 """Draws behind the ESS and the energy loss that training reports, and judges itself by."""
 
@@ -192,7 +194,7 @@ class _Trainer:
         self.generator = torch.Generator().manual_seed(seed)
         self.history, self.step, self.loss = History(), 0, math.nan
         self.best = (math.inf, copy.deepcopy(self.flow.state_dict()))
-        facts = {"seed": seed, "frames": _digest(frames), "temperature": flow.training_temperature}
+        facts = {"format": FORMAT, "seed": seed, "frames": _digest(frames), "temperature": flow.training_temperature}
         facts |= {"flow": asdict(flow.settings), "zmatrix": str(flow.zmatrix), "energies_at": temperature}
         facts |= {"start": None if fresh else flow_digest(flow)}
         self.identity = json.dumps({**facts, **asdict(settings)})
@@ -300,14 +302,17 @@ class _Trainer:
             self.history.stopped_early = True
 
     def _draws(self) -> tuple[float, float]:
-        """Energy loss [nat] and ESS of draws from the average; NaN where energies do not train."""
+        """Energy loss [nat] and ESS of draws from the average; NaN where there are none, or energies do not train."""
         if self.settings.energy_weight == 0.0:
             return math.nan, math.nan
-        drawn = energy_loss(
-            self.average, self.energy, self.temperature, JUDGED_BY, start=self.start, flatten=1.0, path=False,
-            generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
         self.history.n_energy_evaluations += JUDGED_BY
+        try:
+            drawn = energy_loss(
+                self.average, self.energy, self.temperature, JUDGED_BY, start=self.start, flatten=1.0, path=False,
+                generator=torch.Generator().manual_seed(0),
+            )  # fmt: skip
+        except Divergence:  # no score; if it stays so, the steps will say it
+            return math.nan, 0.0
         return drawn.value, float(effective_sample_size(drawn.log_weights.double()))
 
     def _give_up(self, error: Divergence) -> None:
@@ -350,7 +355,8 @@ class _Trainer:
         state = _read_state(path)
         if state["identity"] != self.identity:
             raise ValueError(
-                f"{path} belongs to a run with other settings or frames; use another directory or delete it"
+                f"{path} belongs to a run with other settings or frames, or of another version of this program; use "
+                "another directory or delete it"
             )
         self.flow.load_state_dict(state["flow"])
         self.average.load_state_dict(state["average"])

@@ -30,7 +30,7 @@ from molecules import (
 from openmm_tsf import pretraining, training
 from openmm_tsf.ensemble import draw
 from openmm_tsf.flow import Flow, FlowSettings, build_flow
-from openmm_tsf.losses import Divergence, likelihood_loss
+from openmm_tsf.losses import Divergence, energy_loss, likelihood_loss
 from openmm_tsf.pretraining import fit_torsions
 from openmm_tsf.priors import MolecularPrior
 from openmm_tsf.training import History, TrainingSettings, train
@@ -463,6 +463,28 @@ def test_a_flow_that_breaks_stops_training_with_advice(tmp_path):
     flow.transform.transforms[0].net.last.bias.data[:] = 1e30
     with pytest.raises(RuntimeError, match=r"gradient is not finite at step \d+; more frames, or a smaller"):
         train(flow, some_frames(), coupled_energy, short(energy_weight=0.0), directory=tmp_path, seed=1)
+
+
+@pytest.mark.parametrize("n_bad", [2, 6])
+def test_an_evaluation_without_a_finite_draw_has_no_score(n_bad, tmp_path, monkeypatch):
+    seen = []
+
+    def clashing(flow, energy, temperature, n, **options):
+        seen.append(n)
+        if n == training.JUDGED_BY and seen.count(n) <= n_bad:
+            raise Divergence(f"none of {n} draws has a finite energy")
+        return energy_loss(flow, energy, temperature, n, **options)
+
+    monkeypatch.setattr(training, "energy_loss", clashing)
+    if n_bad == 6:  # that is all of them
+        with pytest.raises(Divergence, match="no evaluation gave a finite score"):
+            run(tmp_path, short())
+        return
+    _, history = run(tmp_path, short())
+    assert [row["ess_train"] > 0 for row in history.rows] == [False] * 2 + [True] * 4
+    assert (
+        history.best_step > 8 and json.loads((tmp_path / "history.json").read_text())["rows"][0]["energy_loss"] is None
+    )
 
 
 @pytest.mark.parametrize("n", [15, 1])
