@@ -1,13 +1,15 @@
-"""Arrays in npz files: written whole or not at all, read without executing anything."""
+"""Arrays in npz files, and states of training: written whole or not at all, read without executing anything."""
 
 from __future__ import annotations
 
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
+import torch
 
 from .files import whole
 
@@ -43,3 +45,25 @@ def read_npz(path: str | os.PathLike, required: Iterable[str], what: str) -> dic
     if missing:
         raise ValueError(f"{path} is not {what}: it has no {', '.join(missing)}")
     return arrays
+
+
+def write_state(path: str | os.PathLike, state: Mapping[str, Any]) -> None:
+    """Write the state of a training: tensors and plain values by name, `identity` among them."""
+    with whole(path) as temporary:
+        torch.save(dict(state), temporary)
+
+
+def read_state(path: str | os.PathLike) -> dict[str, Any]:
+    """What `write_state` wrote.
+
+    Raises:
+        ValueError: the file is damaged, or something else.
+    """
+    try:
+        state = torch.load(path, weights_only=True)
+        if not isinstance(state, dict) or "identity" not in state:
+            raise ValueError("it holds something else")
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is not a training checkpoint ({reason}); delete it to start again") from error
+    return state

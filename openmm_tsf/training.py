@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from .cuts import CutInternals
-from .files import whole, write_text
+from .files import write_text
 from .flow import Flow, flow_digest
 from .losses import Divergence, energy_loss, likelihood_loss, slopes_of
 from .pretraining import pretrain
+from .storage import read_state, write_state
 from .trajectories import Frames
 from .typing import Energy
 from .units import to_kelvin
@@ -343,8 +344,7 @@ class _Trainer:
             "schedule": self.schedule.state_dict(), "generator": self.generator.get_state(), "best": self.best,
             "loss": self.loss, "history": asdict(self.history),
         }  # fmt: skip
-        with whole(self.directory / "training_state.pt") as temporary:
-            torch.save(state, temporary)
+        write_state(self.directory / "training_state.pt", state)
         write_text(self.directory / "history.json", self.history.to_json())
 
     def resume(self) -> None:
@@ -352,7 +352,7 @@ class _Trainer:
         path = self.directory / "training_state.pt"
         if not path.exists():
             return
-        state = _read_state(path)
+        state = read_state(path)
         if state["identity"] != self.identity:
             raise ValueError(
                 f"{path} belongs to a run with other settings or frames, or of another version of this program; use "
@@ -370,22 +370,6 @@ class _Trainer:
 def _digest(frames: Frames | Samples) -> str:
     """What tells these frames from others."""
     return hashlib.sha256(frames.positions.tobytes() + frames.temperatures.tobytes()).hexdigest()
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    """What `_save` wrote; nothing in the file is executed.
-
-    Raises:
-        ValueError: the file is damaged, or something else.
-    """
-    try:
-        state = torch.load(path, weights_only=True)
-        if not isinstance(state, dict) or "identity" not in state:
-            raise ValueError("it holds something else")
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is not a training checkpoint ({reason}); delete it to start again") from error
-    return state
 
 
 def _internals(flow: Flow, frames: Frames | Samples) -> tuple[Tensor, Tensor]:

@@ -152,7 +152,7 @@ def _solver() -> Callable[..., Tensor]:
             warnings.simplefilter("ignore", DeprecationWarning)
             from torchdiffeq import odeint
     except ModuleNotFoundError as error:
-        hint = 'weights of a diffusion generator need torchdiffeq: pip install "openmm_tsf[edg]"'
+        hint = "weights of a diffusion generator need torchdiffeq: pip install torchdiffeq"
         raise ModuleNotFoundError(hint) from error
     return odeint
 

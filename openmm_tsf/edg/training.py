@@ -9,14 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from openmm_tsf.edg.bound import BoundSample, check_target, kl_bound
 from openmm_tsf.edg.generator import EDG
 from openmm_tsf.edg.networks import Target
-from openmm_tsf.files import whole, write_text
+from openmm_tsf.files import write_text
+from openmm_tsf.storage import read_state, write_state
 
 Progress = Callable[[int, int, str], None]
 
@@ -203,15 +203,14 @@ class _Trainer:
             "average": self.average.state_dict(), "optimiser": self.optimiser.state_dict(),
             "generator": self.generator.get_state(), "recent": self.recent, "history": asdict(self.history),
         }  # fmt: skip
-        with whole(self.path) as temporary:
-            torch.save(state, temporary)
+        write_state(self.path, state)
         write_text(self.path.parent / "history.json", json.dumps(asdict(self.history), indent=1))
 
     def _resume(self) -> None:
         """Go on from the checkpoint in the directory, if there is one."""
         if self.path is None or not self.path.exists():
             return
-        state = _read_state(self.path)
+        state = read_state(self.path)
         if state["identity"] != self.identity:
             raise ValueError(f"{self.path} belongs to a run with other settings; use another directory or delete it")
         self.edg.load_state_dict(state["edg"])
@@ -234,19 +233,3 @@ def _checked_range(temperatures: Sequence[float], edg: EDG) -> tuple[float, floa
     if values != [1.0] and not edg.conditioned:
         raise ValueError(f"a range of temperatures {values} needs a generator with conditioned=True")
     return values[0], values[-1]
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    """What `_save` wrote; nothing in the file is executed.
-
-    Raises:
-        ValueError: the file is damaged, or something else.
-    """
-    try:
-        state = torch.load(path, weights_only=True)
-        if not isinstance(state, dict) or "identity" not in state:
-            raise ValueError("it holds something else")
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is not a training checkpoint ({reason}); delete it to start again") from error
-    return state
