@@ -16,6 +16,7 @@ from openmm_tsf.edg.mmd import mmd
 from openmm_tsf.edg.targets import DENSITIES_2D, density_2d, modes_found
 from openmm_tsf.edg_plots import PlanePanel, bound_figure, plane_figure
 
+torch.set_num_threads(1)  # for tensors this small, more of them wait for each other
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--targets", nargs="+", choices=DENSITIES_2D, default=["MoG6", "Ring5"])
 parser.add_argument("--steps", type=int, default=4000, help="of training")

@@ -16,6 +16,7 @@ from openmm_tsf.tuning.replicates import ising_replicates
 from openmm_tsf.tuning.two_level import TwoLevel, fit_two_level, phase_picture
 from openmm_tsf.tuning_plots import divergence_figure, ising_figure, levels_figure, phase_figure, size_figure
 
+torch.set_num_threads(1)  # for tensors this small, more of them wait for each other
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--replicates", type=int, default=20, help="data sets of each kind")
 parser.add_argument("--grid", type=int, default=41, help="gaps and sizes of the phase picture, along each axis")
