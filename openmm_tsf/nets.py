@@ -1,7 +1,8 @@
-"""Conditioner networks."""
+"""Networks: perceptrons, conditioners of flows, and the moving average of weights."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
@@ -9,6 +10,26 @@ from torch import Tensor, nn
 
 HARMONICS = 3
 """Multiples of angles that conditioners read, by default."""
+
+
+def perceptron(n_in: int, n_out: int, *, hidden: int, depth: int) -> nn.Sequential:
+    """A perceptron that starts at zero output, so that what it corrects starts uncorrected."""
+    widths = [n_in, *[hidden] * depth]
+    layers: list[nn.Module] = []
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), nn.SiLU()]
+    last = nn.Linear(widths[-1], n_out)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(*layers, last)
+
+
+@torch.no_grad()
+def follow(average: Iterable[Tensor], weights: Iterable[Tensor], decay: float, step: int) -> None:
+    """Move an exponential average of weights after a step (from 1); in the first steps it follows closely."""
+    keep = min(decay, step / (step + 10.0))
+    for mean, new in zip(average, weights, strict=True):
+        mean.lerp_(new, 1.0 - keep)
 
 
 class Conditioner(nn.Module):
@@ -31,14 +52,8 @@ class Conditioner(nn.Module):
     ) -> None:
         super().__init__()
         self.harmonics = harmonics
-        widths = [n_plain + 2 * harmonics * n_angles, *[hidden] * depth]
-        layers: list[nn.Module] = []
-        for a, b in pairwise(widths):
-            layers += [nn.Linear(a, b), nn.SiLU()]
-        self.last = nn.Linear(widths[-1], n_out)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
-        self.body = nn.Sequential(*layers)
+        layers = perceptron(n_plain + 2 * harmonics * n_angles, n_out, hidden=hidden, depth=depth)
+        self.last, self.body = layers[-1], layers[:-1]
 
     def forward(self, plain: Tensor, angles: Tensor) -> Tensor:
         """(batch, n_plain) and (batch, n_angles) [rad] to (batch, n_out)."""

@@ -19,6 +19,7 @@ from .cuts import CutInternals
 from .files import write_text
 from .flow import Flow, flow_digest
 from .losses import Divergence, energy_loss, likelihood_loss, slopes_of
+from .nets import follow
 from .pretraining import pretrain
 from .storage import read_state, write_state
 from .trajectories import Frames
@@ -278,14 +279,7 @@ class _Trainer:
         self.schedule.step()
         self.step += 1
         self.loss = float(loss.detach())
-        self._average()
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        """Move the average of the weights; at the start it follows closely."""
-        keep = min(self.settings.weight_average, self.step / (self.step + 10.0))
-        for mean, new in zip(self.average.parameters(), self.flow.parameters(), strict=True):
-            mean.lerp_(new, 1.0 - keep)
+        follow(self.average.parameters(), self.flow.parameters(), self.settings.weight_average, self.step)
 
     @torch.no_grad()
     def _evaluate(self) -> None:

@@ -1,4 +1,4 @@
-"""What all rivals share: budgets, counted energies, draws, networks, and an optimiser that ends with the budget."""
+"""What all rivals share: budgets, counted energies, draws, and an optimiser that ends with the budget."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from openmm_tsf.nets import follow
 from openmm_tsf.typing import Scalars, Vectors
 from openmm_tsf.weights import effective_sample_size, log_mean_exp
 
@@ -131,18 +131,6 @@ def log_normal(x: Vectors, scale: Tensor | float = 1.0) -> Scalars:
     return (-0.5 * (x / scale) ** 2 - scale.log() - 0.5 * math.log(2.0 * math.pi)).sum(1)
 
 
-def perceptron(n_in: int, n_out: int, *, hidden: int, depth: int, zero: bool = True) -> nn.Sequential:
-    """Linear layers with SiLU between them; the last one starts at zero if wanted."""
-    layers: list[nn.Module] = []
-    for a, b in pairwise([n_in, *[hidden] * depth]):
-        layers += [nn.Linear(a, b), nn.SiLU()]
-    last = nn.Linear(hidden, n_out)
-    if zero:
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-    return nn.Sequential(*layers, last)
-
-
 def followed(target: Counted, x: Vectors) -> tuple[Scalars, Tensor]:
     """U of draws x, with the gradient it hands back to them, and which are finite (B,).
 
@@ -200,10 +188,7 @@ def learn(
         if torch.isfinite(norm):
             optimiser.step()
         step += 1
-        keep = min(AVERAGE, step / (step + 10.0))
-        with torch.no_grad():
-            for kept, p in zip(mean, model.parameters(), strict=True):
-                kept.lerp_(p, 1.0 - keep)
+        follow(mean, model.parameters(), AVERAGE, step)
         yield step
     with torch.no_grad():
         for kept, p in zip(mean, model.parameters(), strict=True):

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openmm_tsf.nets import perceptron
 from openmm_tsf.typing import Scalars, Vectors
 
-from .common import Budget, Counted, Drawn, learn, mean_of_finite, normal, perceptron, seeded
+from .common import Budget, Counted, Drawn, learn, mean_of_finite, normal, seeded
 from .hmc import Chains, collected, started
 
 LEARNING = 0.5

@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from openmm_tsf.nets import perceptron
 from openmm_tsf.typing import Scalars, Vectors
 
 from .common import (
@@ -39,7 +40,6 @@ from .common import (
     log_normal,
     mean_of_finite,
     normal,
-    perceptron,
     seeded,
     without_numbers,
 )  # fmt: skip

@@ -11,12 +11,13 @@ Source: the ablation of H. Wu et al., arXiv 2401.02080.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from openmm_tsf.edg.decoders import Conditional
+from openmm_tsf.nets import perceptron
 from openmm_tsf.typing import Scalars, Vectors
 
 from .common import (
@@ -28,7 +29,6 @@ from .common import (
     log_normal,
     mean_of_finite,
     normal,
-    perceptron,
     seeded,
     without_numbers,
 )  # fmt: skip
@@ -51,7 +51,7 @@ class Encoder(nn.Module):
     def log_prob(self, z: Vectors, x: Vectors) -> Scalars:
         """ln q(z | x) (B,)."""
         mean, log_width = self.net(x / self.scale).chunk(2, 1)
-        return (-0.5 * ((z - mean) / log_width.exp()) ** 2 - log_width - 0.5 * math.log(2.0 * math.pi)).sum(1)
+        return Conditional(mean, log_width).log_prob(z)
 
 
 class Pair(nn.Module):

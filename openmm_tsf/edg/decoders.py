@@ -9,7 +9,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from openmm_tsf.edg.networks import Features, Latents, Target, leading, perceptron, slope, with_temperature
+from openmm_tsf.edg.networks import Features, Latents, Target, leading, slope, with_temperature
+from openmm_tsf.nets import perceptron
 from openmm_tsf.typing import Scalars, Vectors
 
 LARGEST_LOG_WIDTH = 8.0

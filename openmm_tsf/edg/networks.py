@@ -1,14 +1,13 @@
-"""What decoders and scores share: perceptrons, features of temperatures and times, and slopes of targets."""
+"""What decoders and scores share: features of temperatures and times, and slopes of targets."""
 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from openmm_tsf.typing import Scalars, Vectors
 
@@ -28,18 +27,6 @@ class Target(Protocol):
     dim: int
 
     def __call__(self, x: Vectors) -> Scalars: ...
-
-
-def perceptron(n_in: int, n_out: int, *, hidden: int, depth: int) -> nn.Sequential:
-    """A perceptron that starts at zero output, so that what it corrects starts uncorrected."""
-    widths = [n_in, *[hidden] * depth]
-    layers: list[nn.Module] = []
-    for a, b in pairwise(widths):
-        layers += [nn.Linear(a, b), nn.SiLU()]
-    last = nn.Linear(widths[-1], n_out)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    return nn.Sequential(*layers, last)
 
 
 def with_temperature(x: Vectors, tau: Scalars | None, *, conditioned: bool) -> Features:

@@ -28,7 +28,8 @@ from torch import nn
 
 from openmm_tsf.edg.decoders import Decoder, bounded, positive
 from openmm_tsf.edg.diffusion import VariancePreserving
-from openmm_tsf.edg.networks import TIME_FEATURES, Features, Latents, perceptron, time_features, with_temperature
+from openmm_tsf.edg.networks import TIME_FEATURES, Features, Latents, time_features, with_temperature
+from openmm_tsf.nets import perceptron
 from openmm_tsf.typing import Scalars, Vectors
 
 

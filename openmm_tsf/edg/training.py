@@ -16,6 +16,7 @@ from openmm_tsf.edg.bound import BoundSample, check_target, kl_bound
 from openmm_tsf.edg.generator import EDG
 from openmm_tsf.edg.networks import Target
 from openmm_tsf.files import write_text
+from openmm_tsf.nets import follow
 from openmm_tsf.storage import read_state, write_state
 
 Progress = Callable[[int, int, str], None]
@@ -153,7 +154,7 @@ class _Trainer:
         self.norm = min(norm, limit) if not self.norm else 0.98 * self.norm + 0.02 * min(norm, limit)
         self.optimiser.step()
         self.step += 1
-        self._average()
+        follow(self.average.parameters(), self.edg.parameters(), self.settings.weight_average, self.step)
         return sample
 
     def _set_rate(self) -> None:
@@ -172,13 +173,6 @@ class _Trainer:
     def _temperatures(self) -> torch.Tensor:
         low, high = (math.log(t) for t in self.range)
         return torch.exp(low + (high - low) * torch.rand(self.settings.batch, generator=self.generator))
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        """Move the average of the weights; at the start it follows closely."""
-        keep = min(self.settings.weight_average, self.step / (self.step + 10.0))
-        for mean, new in zip(self.average.parameters(), self.edg.parameters(), strict=True):
-            mean.lerp_(new, 1.0 - keep)
 
     def _record(self, sample: BoundSample) -> None:
         history = self.history
