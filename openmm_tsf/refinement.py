@@ -189,10 +189,11 @@ class _Refiner:
 
         if not path.exists():
             flow = copy.deepcopy(self.best).requires_grad_(True)  # it may come frozen, for drawing
+            training = replace(self.settings.training, energies_at=(self.temperature,))
             frames = joint_frames(self.buffers, self._generator(f"frames {number}"))
             train(
-                flow, frames, self.energy, self.settings.training, directory=folder, progress=report,
-                seed=stage_seed(self.seed, f"training {number}"), temperature=self.temperature, fresh=False,
+                flow, frames, self.energy, training, directory=folder, progress=report,
+                seed=stage_seed(self.seed, f"training {number}"), fresh=False,
             )  # fmt: skip
             save_flow(flow, path)
         report(steps, steps, "drawing")

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from .pretraining import pretrain
 from .storage import read_state, write_state
 from .trajectories import Frames
 from .typing import Energy
-from .units import to_kelvin
 from .vectors import Samples
 from .weights import effective_sample_size
 
@@ -49,6 +48,8 @@ class TrainingSettings:
         flatten: half of the draws of a step have their torsions from a density flattened as if pairs of torsions were
             so many times as hot, so that rare basins are learnt as well as common ones; 1 for none of it.
         energy_weight: final weight of the energy loss; the likelihood has the rest.
+        energies_at: temperatures of the energy loss [K], which take turns; none for that of training alone. Several
+            tell what of a conformation's weight is energy and what is entropy, which one temperature hardly does.
         ramp_start, ramp_end: share of the steps where the energy weight starts to rise and where it is full.
         learning_rate: largest of the one-cycle schedule (AdamW).
         weight_average: decay of the exponential average of the weights that is kept as the result.
@@ -67,6 +68,7 @@ class TrainingSettings:
     batch_draws: int = 464
     flatten: float = 2.0
     energy_weight: float = 0.5
+    energies_at: tuple[float, ...] = ()
     ramp_start: float = 0.1
     ramp_end: float = 0.4
     learning_rate: float = 2e-3
@@ -92,6 +94,9 @@ class TrainingSettings:
         for name, top in (("energy_weight", 1.0), ("held_out", 0.9), ("weight_average", 1.0)):
             if not 0 <= getattr(self, name) <= top or (name != "energy_weight" and getattr(self, name) == 1.0):
                 raise ValueError(f"training setting {name} must be between 0 and {top:g}, not {getattr(self, name):g}")
+        for kelvin in self.energies_at:
+            if not (math.isfinite(kelvin) and kelvin > 0.0):
+                raise ValueError(f"training setting energies_at must be temperatures above 0 K, not {kelvin:g} K")
         if self.estimator not in ("path", "plain", None):
             raise ValueError(f'training setting estimator must be "path" or "plain", not {self.estimator!r}')
         if self.held_out == 0:
@@ -139,7 +144,7 @@ class History:
 
 def train(
     flow: Flow, frames: Frames | Samples, energy: Energy, settings: TrainingSettings | None = None, *,
-    directory: str | Path, seed: int, temperature: Any = None, fresh: bool = True, progress: Progress | None = None,
+    directory: str | Path, seed: int, fresh: bool = True, progress: Progress | None = None,
 ) -> History:  # fmt: skip
     """Train a flow in place: likelihood of frames, then likelihood and energy loss.
 
@@ -150,24 +155,22 @@ def train(
     Args:
         flow: an untrained flow (`build_flow`, `build_vector_flow`), or a trained one where not `fresh`; on return it
             holds the result.
-        frames: each with its temperature; the latest `held_out` share steers and never trains.
+        frames: each with its own temperature; the latest `held_out` share steers and never trains.
         energy: U [kJ/mol]; of a model system, in the unit of its temperatures.
         settings: see TrainingSettings.
         directory: for checkpoints and `history.json`.
         seed: of batches and draws.
-        temperature: of the energy loss [K, or a Quantity]; by default the training temperature. Frames have their own.
         fresh: False goes on from the weights that the flow has, without pretraining.
         progress: called with (steps done, steps, message).
 
     Raises:
-        ValueError: frames off the chart, a temperature not above zero, or a checkpoint in `directory` of another run.
+        ValueError: frames off the chart, or a checkpoint in `directory` of another run.
         Divergence: the gradient is not finite, or no draw has a finite energy, before there is a result to keep.
 
     Warns:
         UserWarning: the same, with a result to keep.
     """
-    kelvin = flow.training_temperature if temperature is None else to_kelvin(temperature)
-    trainer = _Trainer(flow, frames, energy, settings or TrainingSettings(), Path(directory), seed, kelvin, fresh)
+    trainer = _Trainer(flow, frames, energy, settings or TrainingSettings(), Path(directory), seed, fresh)
     trainer.resume()
     return trainer.run(progress or (lambda done, total, message: None))
 
@@ -177,10 +180,10 @@ class _Trainer:
 
     def __init__(
         self, flow: Flow, frames: Frames | Samples, energy: Energy, settings: TrainingSettings, directory: Path,
-        seed: int, temperature: float, fresh: bool,
+        seed: int, fresh: bool,
     ) -> None:  # fmt: skip
         self.target, self.energy, self.settings, self.directory = flow, energy, settings, directory
-        self.temperature, self.fresh = temperature, fresh
+        self.fresh, self.energies_at = fresh, settings.energies_at or (flow.training_temperature,)
         early, late = frames.split(settings.held_out)
         self.q, self.temperatures = _internals(flow, early)
         q, temperatures = _internals(flow, late)
@@ -197,7 +200,7 @@ class _Trainer:
         self.history, self.step, self.loss = History(), 0, math.nan
         self.best = (math.inf, copy.deepcopy(self.flow.state_dict()))
         facts = {"format": FORMAT, "seed": seed, "frames": _digest(frames), "temperature": flow.training_temperature}
-        facts |= {"flow": asdict(flow.settings), "zmatrix": str(flow.zmatrix), "energies_at": temperature}
+        facts |= {"flow": asdict(flow.settings), "zmatrix": str(flow.zmatrix)}
         facts |= {"start": None if fresh else flow_digest(flow)}
         self.identity = json.dumps({**facts, **asdict(settings)})
         self.start = self._highest_energy(early)  # clashes of draws are softened from here on
@@ -262,7 +265,7 @@ class _Trainer:
         total = (1.0 - weight) * loss
         if weight > 0.0:
             drawn = energy_loss(
-                self.flow, self.energy, self.temperature, settings.batch_draws,
+                self.flow, self.energy, self.energies_at[self.step % len(self.energies_at)], settings.batch_draws,
                 start=self.start, flatten=settings.flatten, path=self.path, generator=self.generator,
             )  # fmt: skip
             total = total + weight * drawn.surrogate
@@ -297,18 +300,23 @@ class _Trainer:
             self.history.stopped_early = True
 
     def _draws(self) -> tuple[float, float]:
-        """Energy loss [nat] and ESS of draws from the average; NaN where there are none, or energies do not train."""
+        """Energy loss [nat], a mean over temperatures, and ESS at the first of them, of draws from the average; NaN
+        where there are none, or energies do not train."""
         if self.settings.energy_weight == 0.0:
             return math.nan, math.nan
-        self.history.n_energy_evaluations += JUDGED_BY
-        try:
-            drawn = energy_loss(
-                self.average, self.energy, self.temperature, JUDGED_BY, start=self.start, flatten=1.0, path=False,
-                generator=torch.Generator().manual_seed(0),
-            )  # fmt: skip
-        except Divergence:  # no score; if it stays so, the steps will say it
-            return math.nan, 0.0
-        return drawn.value, float(effective_sample_size(drawn.log_weights.double()))
+        losses, ess = [], []
+        for kelvin in self.energies_at:
+            self.history.n_energy_evaluations += JUDGED_BY
+            try:
+                drawn = energy_loss(
+                    self.average, self.energy, kelvin, JUDGED_BY, start=self.start, flatten=1.0, path=False,
+                    generator=torch.Generator().manual_seed(0),
+                )  # fmt: skip
+            except Divergence:  # no score; if it stays so, the steps will say it
+                return math.nan, 0.0
+            losses.append(drawn.value)
+            ess.append(float(effective_sample_size(drawn.log_weights.double())))
+        return sum(losses) / len(losses), ess[0]
 
     def _give_up(self, error: Divergence) -> None:
         """Stop with the best weights so far; raises the error again where there are none."""

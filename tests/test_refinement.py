@@ -201,25 +201,45 @@ def test_frames_of_several_flows_are_equally_likely_and_the_last_are_the_last_dr
 
 def test_training_goes_on_from_the_weights_that_there_are(good, tmp_path):
     flow, frames = copy.deepcopy(good), exact_frames(1000, COLD, 4)
-    settings = TrainingSettings(**{**TRAINING, "steps": 1, "learning_rate": 1e-9})
-    train(flow, frames, two_wells, settings, directory=tmp_path, seed=1, temperature=COLD, fresh=False)
+    settings = TrainingSettings(**{**TRAINING, "steps": 1, "learning_rate": 1e-9, "energies_at": (COLD,)})
+    train(flow, frames, two_wells, settings, directory=tmp_path, seed=1, fresh=False)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights_of(flow), weights_of(good), strict=True))
 
 
 def test_energies_are_those_of_the_target(good, tmp_path):
     """From frames of 600 K alone, the energy loss at 300 K must read another ESS than that at 600 K."""
-    frames, settings = exact_frames(1000, HOT, 4), TrainingSettings(**{**TRAINING, "batch_draws": 512, "steps": 2})
-    ess = {}
-    for temperature in (None, COLD, HOT):
-        flow, folder = copy.deepcopy(good), tmp_path / str(temperature)
-        more = {"fresh": False, "temperature": temperature}
-        history = train(flow, frames, two_wells, settings, directory=folder, seed=1, **more)
-        ess[temperature] = history.rows[-1]["ess_train"]
-    assert ess[None] == ess[HOT] != ess[COLD]
-    with pytest.raises(ValueError, match="above 0 K"):
-        train(good, frames, two_wells, settings, directory=tmp_path, seed=1, temperature=-5.0)
+    frames, ess, loss = exact_frames(1000, HOT, 4), {}, {}
+    for at in ((), (COLD,), (HOT,), (HOT, COLD)):
+        flow, folder = copy.deepcopy(good), tmp_path / str(at)
+        settings = TrainingSettings(**{**TRAINING, "batch_draws": 512, "steps": 2, "energies_at": at})
+        history = train(flow, frames, two_wells, settings, directory=folder, seed=1, fresh=False)
+        ess[at], loss[at] = history.rows[-1]["ess_train"], history.rows[-1]["energy_loss"]
+        forces, draws = 0.9 * len(frames), 512  # the first step is at the foot of the ramp, without draws
+        judged = len(history.rows) * max(1, len(at)) * training.JUDGED_BY
+        assert history.n_energy_evaluations == forces + draws + judged
+    assert ess[()] == ess[HOT,] != ess[COLD,]
+    assert min(loss[HOT,], loss[COLD,]) < loss[HOT, COLD] < max(loss[HOT,], loss[COLD,])
     with pytest.raises(ValueError, match="belongs to a run with other settings"):  # other weights to start from
-        train(perturbed(flow, 0.1), frames, two_wells, settings, directory=folder, seed=1, **more)
+        train(perturbed(flow, 0.1), frames, two_wells, settings, directory=folder, seed=1, fresh=False)
+
+
+def test_energies_of_two_temperatures_take_turns(good, tmp_path, monkeypatch):
+    seen, real = [], training.energy_loss
+
+    def watched(flow, energy, temperature, n, **options):
+        seen.append((temperature, n))
+        return real(flow, energy, temperature, n, **options)
+
+    monkeypatch.setattr(training, "energy_loss", watched)
+    settings = TrainingSettings(**{**TRAINING, "batch_draws": 64, "steps": 5, "energies_at": (HOT, COLD)})
+    train(copy.deepcopy(good), exact_frames(300, HOT, 4), two_wells, settings, directory=tmp_path, seed=1, fresh=False)
+    assert [kelvin for kelvin, n in seen if n == 64] == [COLD, HOT, COLD, HOT]  # none at the foot of the ramp
+
+
+@pytest.mark.parametrize("kelvin", [-5.0, 0.0, float("nan"), float("inf")])
+def test_energies_are_of_temperatures_above_zero(kelvin):
+    with pytest.raises(ValueError, match="above 0 K"):
+        TrainingSettings(energies_at=(600.0, kelvin))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 9, 10, 11])
