@@ -38,6 +38,11 @@ def kelvin(value: float | None) -> float | None:
         raise typer.BadParameter(str(error)) from None
 
 
+def kelvins(values: list[float] | None) -> list[float]:
+    """A repeatable temperature option, see `kelvin`."""
+    return [k for value in values or [] if (k := kelvin(value)) is not None]
+
+
 @contextmanager
 def open_source(source: Path, out: Path | None, seed: int | None) -> Iterator[Run]:
     """The run directory that the arguments mean."""

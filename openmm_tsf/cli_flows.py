@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from .cli_base import Debug, examples, kelvin, open_source
+from .cli_base import Debug, examples, kelvin, kelvins, open_source
 from .console import friendly, table
 
 REFINE_EXAMPLES = examples(
     "openmm-tsf refine runs/ala2 --temperature 300",
     "# first at the temperature of training, which helps at all others",
-    "openmm-tsf refine runs/ala2 --temperature 600 -n 300000 --rounds 2 --steps 1500",
+    "openmm-tsf refine runs/ala2 --temperature 600 --also 900 -n 300000 --rounds 2 --steps 1500",
     "openmm-tsf refine runs/ala2 --temperature 300 --after 600",
     "# then draw from what it wrote",
     "openmm-tsf sample runs/ala2/flow_300K.tsf --temperature 300",
@@ -35,6 +35,9 @@ def refine(
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds at most; by default 6.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps of a round; by default 400.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Largest of a round; by default 0.0005.")] = None,
+    also: Annotated[
+        list[float] | None, typer.Option(callback=kelvins, help="Another temperature, K, that has a say; repeatable.")
+    ] = None,
     after: Annotated[
         float | None, typer.Option(callback=kelvin, help="Go on from the flow refined at so many K.")
     ] = None,
@@ -46,6 +49,9 @@ def refine(
     as it is. Rounds of drawing, weighing and training go on until the ESS of
     fresh draws stops rising. A round that loses part of the molecule's
     conformations is undone. A flow that steers goes on steering exactly.
+
+    At the temperature of training, --also a higher one tells energies from
+    entropies, so that raw shares of conformations hold when it is cooled.
     """
     from .console import Bar
     from .refine_stage import flow_file, refine_stage, settings_of, summary
@@ -53,7 +59,8 @@ def refine(
     if not source.is_dir():
         raise ValueError(f"{source} is not a run directory; `openmm-tsf run CONFIG.toml --out DIR` makes one")
     with open_source(source, None, None) as run:
-        settings = settings_of(run, n=n, rounds=rounds, steps=steps, learning_rate=learning_rate)
+        asked = {"n": n, "rounds": rounds, "steps": steps, "learning_rate": learning_rate}
+        settings = settings_of(run, **asked, also=tuple(also or ()))
         with Bar("refine") as bar:
             done = refine_stage(run, temperature, settings, bar, after=after)
         table(str(flow_file(run, temperature)), summary(run, done))

@@ -47,6 +47,14 @@ class QuarticPotentials(nn.Module):
         """e_i of coordinates (batch, n): (batch, n)."""
         return _evaluate(self.polynomials(), v)
 
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """Make e_i(factor v) of e_i(v), in place, for a factor near 1."""
+        c1, c2, c3, c4 = self.polynomials() * factor ** torch.arange(1, 5).to(self.quartic)[:, None]
+        self.coefficients.copy_(torch.stack((c1, c2 - 0.5, c3)))
+        least = (c4 - 0.75 * c3**2 / (1.0 + 2.0 * (c2 - 0.5).abs())).clamp_min(1e-6)
+        self.quartic.copy_(torch.log(torch.expm1(least)))
+
     def derivatives(self, v: Vectors) -> tuple[Tensor, Tensor]:
         """First and second derivatives of e_i by its coordinate, each (batch, n)."""
         return _derivatives(self.polynomials(), v)

@@ -1,4 +1,4 @@
-"""What frames say directly, fitted before all is trained together: torsions, and stiff coordinates given them."""
+"""What frames say directly, without training all together: torsions, and stiff coordinates given them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from .flow import Flow
-from .priors import MolecularPrior, TorusFactor
+from .priors import MolecularPrior, TorusFactor, TorusPotential
 from .proposals import join_momenta
 from .transforms import LineCoupling
 
 SHRINK = 1e-4
-"""Weight of the squared coefficients: keeps empty stretches of the circle from digging bottomless barriers."""
-
+"""Weight of the squared change of coefficients: keeps empty stretches of the circle from digging bottomless
+barriers."""
 
 STEPS, BATCH = 500, 2048
 """Most steps, and frames in each, of `fit_stiff`."""
@@ -50,34 +50,87 @@ def pretrain(flow: Flow, q: Tensor, tau: Tensor, *, flatten: float, generator: t
 
 
 def fit_torsions(prior: MolecularPrior, torsions: Tensor, tau: Tensor, *, max_iterations: int = 200) -> None:
-    """Maximum likelihood of the Fourier energies, with the entropies at zero; a convex problem, solved by L-BFGS.
+    """Maximum likelihood of the Fourier energies, entropies as they are; a convex problem, solved by L-BFGS.
 
     Args:
         prior: changed in place.
         torsions: (frames, n_soft) [rad].
         tau: (frames,) temperature of each frame over the training temperature.
     """
+    shares = torch.full((len(tau),), 1.0 / len(tau), dtype=torch.float64)
     for factor, group in zip(prior.factors, prior.groups, strict=True):
-        _fit(factor, torsions[:, group], tau, max_iterations)
+        pulls = [(factor.marginal, 1.0 / tau)]
+        _fit(factor, pulls, _means(pulls, torsions[:, group], shares), tau, shares, max_iterations)
 
 
-def _fit(factor: TorusFactor, angles: Tensor, tau: Tensor, max_iterations: int) -> None:
-    coefficients = factor.marginal.coefficients
-    if not coefficients.numel():
+def refit_torsions(prior: MolecularPrior, torsions: Tensor, tau: Tensor, weights: Tensor, *, entropies: bool) -> None:
+    """Fit the Fourier energies to weighted draws of this very prior; the same convex problem.
+
+    What the potentials are fitted to are mean values over the weighted draws. Those over the draws as they came are
+    known, they are the prior's own: so only the difference between both is taken from the draws, and its error is as
+    small as weights are even. Stiff coordinates, whose widths come from the entropies, stay as wide on average.
+
+    Args:
+        prior: changed in place.
+        torsions: (draws, n_soft) [rad], drawn from the prior.
+        tau: (draws,) temperature of each draw over the training temperature.
+        weights: (draws,) of each; of their sum, each temperature has the share that it counts.
+        entropies: fit them too, which takes two temperatures at least.
+    """
+    weights = weights.double() / weights.sum()
+    _, which, counts = tau.unique(return_inverse=True, return_counts=True)
+    shares = torch.zeros(len(counts), dtype=torch.float64).index_add(0, which, weights)
+    change = weights - (shares / counts)[which]
+    with torch.no_grad():
+        log_width = weights @ prior.log_width(torsions).double()
+    for factor, group in zip(prior.factors, prior.groups, strict=True):
+        pulls = [(factor.marginal, 1.0 / tau), *([(factor.entropy, 1.0 - 1.0 / tau)] if entropies else [])]
+        pulls = [(potential, pull) for potential, pull in pulls if potential.coefficients.numel()]
+        own = torch.autograd.grad(_log_z(factor, tau, weights), [p.coefficients for p, _ in pulls]) if pulls else []
+        means = [a + b for a, b in zip(own, _means(pulls, torsions[:, group], change), strict=True)]
+        _fit(factor, pulls, means, tau, weights, 2000)
+    if entropies and prior.stiff is not None:
+        with torch.no_grad():
+            wider = weights @ prior.log_width(torsions).double() - log_width
+        prior.stiff.rescale(float(wider.exp()))
+
+
+Pulls = list[tuple[TorusPotential, Tensor]]
+"""Potentials, and what the exponent of a frame has of each: (frames,)."""
+
+
+def _means(pulls: Pulls, angles: Tensor, weights: Tensor) -> list[Tensor]:
+    """Weighted sums of the features of every potential: frames enter through these alone."""
+    means = [torch.zeros_like(potential.coefficients) for potential, _ in pulls]
+    for mean, (potential, pull) in zip(means, pulls, strict=True):
+        for part, w in zip(angles.split(65536), (weights * pull).split(65536), strict=True):
+            mean += (w.to(mean)[:, None, None] * potential.features(part.to(mean))).sum(0)
+    return means
+
+
+def _log_z(factor: TorusFactor, tau: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean of ln Z."""
+    temperatures, which = tau.unique(return_inverse=True)
+    shares = torch.zeros(len(temperatures), dtype=torch.float64).index_add(0, which, weights).tolist()
+    return sum((w * factor.log_z(float(t)) for w, t in zip(shares, temperatures, strict=True)), torch.zeros(()))
+
+
+def _fit(
+    factor: TorusFactor, pulls: Pulls, means: list[Tensor], tau: Tensor, weights: Tensor, max_iterations: int
+) -> None:  # fmt: skip
+    fitted = [potential.coefficients for potential, _ in pulls]
+    if not any(c.numel() for c in fitted):
         return
-    temperatures, counts = tau.unique(return_counts=True)
-    shares = (counts / len(tau)).tolist()
-    # the frames enter through their mean features alone
-    total = torch.zeros_like(coefficients)
-    for part, part_tau in zip(angles.split(65536), tau.split(65536), strict=True):
-        total += (factor.marginal.features(part.to(coefficients)) / part_tau.to(coefficients)[:, None, None]).sum(0)
-    mean = total.detach() / len(angles)
-    optimiser = torch.optim.LBFGS([coefficients], max_iter=max_iterations, line_search_fn="strong_wolfe")
+    start = [c.detach().clone() for c in fitted]
+    optimiser = torch.optim.LBFGS(
+        fitted, max_iter=max_iterations, history_size=50, tolerance_change=1e-13, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> Tensor:
         optimiser.zero_grad()
-        log_z = sum(w * factor.log_z(float(t)) for w, t in zip(shares, temperatures, strict=True))
-        value = log_z - (coefficients * mean).sum() + SHRINK * (coefficients**2).sum()
+        value = _log_z(factor, tau, weights)
+        for c, mean, c0 in zip(fitted, means, start, strict=True):
+            value = value - (c * mean).sum() + SHRINK * ((c - c0) ** 2).sum()
         value.backward()
         return value
 

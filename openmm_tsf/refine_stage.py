@@ -19,8 +19,9 @@ from .stages import check_trained, file_digest
 
 
 def settings_of(
-    run: Run, *, n: int | None, rounds: int | None, steps: int | None, learning_rate: float | None
-) -> RefinementSettings:
+    run: Run, *, n: int | None, rounds: int | None, steps: int | None, learning_rate: float | None,
+    also: tuple[float, ...] = (),
+) -> RefinementSettings:  # fmt: skip
     """What a command line means: None is the default, and batches are those of the run's training.
 
     Raises:
@@ -35,7 +36,8 @@ def settings_of(
         ramp_end=default.training.ramp_end,
         evaluate_every=min(run.config.train.evaluate_every, default.training.evaluate_every),
     )
-    return replace(default, n=_said(n, default.n), rounds=_said(rounds, default.rounds), training=training)
+    n, rounds = _said(n, default.n), _said(rounds, default.rounds)
+    return replace(default, n=n, rounds=rounds, also=also, training=training)
 
 
 def _said(value: Any, default: Any) -> Any:
@@ -87,7 +89,7 @@ def refine_stage(
 
 def _start(run: Run, temperature: float, after: float | None) -> Path:
     """The flow to go on from."""
-    check_trained(run)
+    check_trained(run, "flow")
     if after is None:
         return run.path / "flow.tsf"
     path = flow_file(run, after)
@@ -125,16 +127,18 @@ def summary(run: Run, done: Refinement) -> dict[str, str]:
     largest = [f"{100 * r.largest_weight_share:.2g} %" for r in both]
     seconds = run.record(_stage(done.temperature)).get("seconds", 0.0)
     unwatched = {} if settings.explores else {"rare basins": f"not watched: {cannot_explore(settings)}"}
+    torsions = "fitted to weighted draws" + ("; undone" if done.fitted and not done.fitted.kept else "")
     elsewhere = "" if at_home else "; away from this temperature draw from the flow that it was made from"
     return {
         "effective sample size": f"{ess[0]} before, {ess[1]} after (Kish, unclipped, fresh draws)",
         "largest weight": f"{largest[0]} of all before, {largest[1]} after",
         "rounds": f"{kept} kept of {len(done.rounds) - 1}; {done.stopped}",
+        **({} if done.fitted is None else {"torsions": torsions}),
         "energies": f"{done.n_energy_evaluations:,} evaluations, besides those of dynamics and training",
         "time": f"{seconds:.0f} s",
         "steering": f"{steering(settings)}, as before" + elsewhere,
         "to draw": f"openmm-tsf sample {path} --temperature {done.temperature:g}"
-        if kept else f"no round was kept: {path.name} is flow.tsf as it was",
+        if done.after is not done.before else f"no round was kept: {path.name} is flow.tsf as it was",
         **unwatched,
     }  # fmt: skip
 
@@ -143,7 +147,8 @@ def _facts(settings: RefinementSettings, start: Path) -> dict[str, Any]:
     """What the result depends on, flat."""
     flat = asdict(settings)
     training = flat.pop("training")
-    return {**flat, **training, "flow": file_digest(start)}
+    facts = {**flat, **training, "flow": file_digest(start)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}  # as in JSON
 
 
 def _check_same(run: Run, stage: str, now: dict[str, Any], made: list[Path]) -> None:

@@ -25,6 +25,8 @@ from .coverage import Coverage, find_wells, shares
 from .ensemble import LEAST_ESS, Ensemble, draw
 from .files import write_text
 from .flow import Flow, flow_digest
+from .pretraining import refit_torsions
+from .proposals import join_momenta
 from .refinement_record import Refinement, Round
 from .settings import stage_seed
 from .training import History, Progress, TrainingSettings, train
@@ -51,6 +53,8 @@ class RefinementSettings:
 
     Attributes:
         n: draws of each round; the more, the smaller the error of the ESS that decides when to stop.
+        also: other temperatures [K] that have a say: energies of training are taken there too, and n draws there tell
+            energies of conformations from entropies in the end, see `fit_shares`.
         rounds: at most.
         explore: share of the draws, before the first round, that are spread over all basins; see `Coverage`. None in
             kinds of flows that cannot: basins that these hardly draw go unwatched.
@@ -58,6 +62,7 @@ class RefinementSettings:
     """
 
     n: int = 50_000
+    also: tuple[float, ...] = ()
     rounds: int = 6
     explore: float = 0.1
     training: TrainingSettings = field(
@@ -70,6 +75,9 @@ class RefinementSettings:
         for name, least in (("n", 100), ("rounds", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"refinement setting {name} must be at least {least}, not {getattr(self, name)}")
+        for kelvin in self.also:
+            if not (math.isfinite(kelvin) and kelvin > 0.0):
+                raise ValueError(f"refinement setting also must be temperatures above 0 K, not {kelvin:g} K")
         if not 0.0 < self.explore < 1.0:
             raise ValueError(f"refinement setting explore must be between 0 and 1, not {self.explore:g}")
 
@@ -81,10 +89,11 @@ def refine(
     """Refine a trained flow in place at a temperature.
 
     A round draws from the flow, takes the weighted draws of all rounds for frames at the target, and trains on these
-    and on energies there. Its ESS is that of draws made afterwards. Rounds go on until it stops rising by more than
-    its error. A round is undone, and ends the refinement, when the ESS falls, when the weighted negative log-likelihood
-    of the first draws rises, or when the share of a well leaves what these say of it: they come from the steered flow
-    and were spread over all basins.
+    and on energies there. Its ESS is that of draws made afterwards. Rounds go on until it stops rising by more than its
+    error. A round is undone, and ends the refinement, when the ESS falls, when the weighted negative log-likelihood of
+    the first draws rises, or when the share of a well leaves what these say of it: they come from the steered flow and
+    were spread over all basins. In the end the torsions are given the distributions of the weighted draws of the best
+    flow (`fit_shares`), which is judged like a round, but that the ESS may stay as it is.
 
     Args:
         flow: a trained flow of a molecule; on return it holds the result.
@@ -131,13 +140,16 @@ class _Refiner:
                 break
         else:
             stopped = f"{n_rounds} rounds were done, and no more were asked for"
+        progress(n_steps, n_steps, "fitting shares")
+        fitted = self._fitted(coverage)
         progress(n_steps, n_steps, stopped)
         self.target.load_state_dict(self.best.state_dict())
-        exact = coverage.exact
+        exact, measured = coverage.exact, [*self.rounds, *([fitted] if fitted else [])]
         return Refinement(
             temperature=self.temperature, rounds=tuple(self.rounds), wells=tuple(map(str, coverage.wells)),
-            shares=tuple(exact.value.tolist()), share_errors=tuple(exact.error.tolist()), stopped=stopped,
-            n_energy_evaluations=sum(r.n_energy_evaluations for r in self.rounds),
+            shares=tuple(exact.value.tolist()), share_errors=tuple(exact.error.tolist()), fitted=fitted,
+            stopped=stopped,
+            n_energy_evaluations=sum(r.n_energy_evaluations for r in measured),
         )  # fmt: skip
 
     def _claim(self) -> None:
@@ -189,7 +201,7 @@ class _Refiner:
 
         if not path.exists():
             flow = copy.deepcopy(self.best).requires_grad_(True)  # it may come frozen, for drawing
-            training = replace(self.settings.training, energies_at=(self.temperature,))
+            training = replace(self.settings.training, energies_at=(self.temperature, *self.settings.also))
             frames = joint_frames(self.buffers, self._generator(f"frames {number}"))
             train(
                 flow, frames, self.energy, training, directory=folder, progress=report,
@@ -202,36 +214,84 @@ class _Refiner:
 
     def _judge(self, number: int, flow: Flow, n_more: int, coverage: Coverage) -> str | None:
         """Keep a flow or not; why there are no more rounds, None if there are."""
-        plain, log_prob = self._draws(f"plain_{number}", flow), coverage.log_prob(flow)
-        change, raw = coverage.nll_change(self.log_prob, log_prob), shares(coverage.wells, plain.positions)
-        new, old = _round(plain, change, raw, kept=True, n_more=n_more), self._kept
-        problem = _problem(old, new, coverage.lost(raw, len(plain)))
-        self.rounds.append(replace(new, kept=problem is None))
+        old = self._kept
+        new, problem = self._measured(f"plain_{number}", flow, n_more, coverage)
+        self.rounds.append(new)
         if problem is not None:
             return f"round {number} was undone: {problem}"
-        self.best, self.log_prob = flow, log_prob
-        self.buffers.append(plain)
         if new.ess - old.ess <= math.hypot(new.ess_error, old.ess_error):
             return f"the ESS rose by no more than its error in round {number}"
         return None
+
+    def _fitted(self, coverage: Coverage) -> Round | None:
+        """The best flow with its torsions fitted to its own draws; None where they have no potentials."""
+        path = self.directory / "fitted.tsf"
+        if not self.best.prior.n_soft:
+            return None
+        elsewhere = [self._draws(f"also_{kelvin:g}K", self.best, at=kelvin) for kelvin in self.settings.also]
+        if not path.exists():
+            flow = copy.deepcopy(self.best).requires_grad_(True)
+            fit_shares(flow, [self.buffers[-1], *elsewhere], self._generator("shares"))
+            save_flow(flow, path)
+        flow, n_more = load_flow(path, dtype=self.best.dtype), sum(map(len, elsewhere))
+        return self._measured("plain_fitted", flow, n_more, coverage, slack=STILL)[0]
+
+    def _measured(
+        self, name: str, flow: Flow, n_more: int, coverage: Coverage, *, slack: float = 0.0
+    ) -> tuple[Round, str | None]:
+        """Draw from a flow and, unless there is a problem, take it for the best one. ESS may fall by `slack` errors."""
+        plain, log_prob = self._draws(name, flow), coverage.log_prob(flow)
+        change, raw = coverage.nll_change(self.log_prob, log_prob), shares(coverage.wells, plain.positions)
+        new = _round(plain, change, raw, kept=True, n_more=n_more)
+        problem = _problem(self._kept, new, coverage.lost(raw, len(plain)), slack)
+        if problem is None:
+            self.best, self.log_prob = flow, log_prob
+            self.buffers.append(plain)
+        return replace(new, kept=problem is None), problem
 
     @property
     def _kept(self) -> Round:
         return [r for r in self.rounds if r.kept][-1]
 
-    def _draws(self, name: str, flow: Flow, explore: float = 0.0) -> Ensemble:
-        path = self.directory / f"{name}.npz"
+    def _draws(self, name: str, flow: Flow, explore: float = 0.0, at: float | None = None) -> Ensemble:
+        path, kelvin = self.directory / f"{name}.npz", self.temperature if at is None else at
         if not path.exists():
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*out of reach")  # it is told from the ESS
                 draw(
-                    flow, self.energy, temperature=self.temperature, n=self.settings.n, explore=explore,
+                    flow, self.energy, temperature=kelvin, n=self.settings.n, explore=explore,
                     generator=self._generator(name),
                 ).save(path)  # fmt: skip
         return Ensemble.load(path)
 
     def _generator(self, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(stage_seed(self.seed, purpose))
+
+
+def fit_shares(flow: Flow, ensembles: Sequence[Ensemble], generator: torch.Generator) -> None:
+    """Give the torsions of a flow the distributions that its weighted draws have, in place, couplings as they are.
+
+    What energies teach makes a basin rarer than it is by about half the variance of ln w in it, and few frames cross
+    between basins. From draws at several temperatures the entropies of the torsions are fitted too, without which
+    shares go wrong away from these; see `refit_torsions`. An ensemble counts as its effective draws.
+
+    Args:
+        flow: whose torsions have potentials.
+        ensembles: plain draws of this very flow, at one or several temperatures.
+        generator: of momenta.
+    """
+    torsions, taus, weights = [], [], []
+    for ensemble in ensembles:
+        q, kept = flow.internals.of_frames(ensemble.positions.numpy())
+        tau = ensemble.temperature / flow.training_temperature
+        with torch.no_grad():
+            for part in q[kept].to(flow.dtype).split(16384):
+                y, _ = join_momenta(part, flow.n_momenta, tau, generator)
+                torsions.append(flow.transform.inverse(y)[0][:, -flow.prior.n_soft :])
+        taus.append(torch.full((int(kept.sum()),), tau, dtype=torch.float64))
+        weights.append(torch.softmax(ensemble.log_weights[kept], 0) * ensemble.n_effective)
+    several = len({ensemble.temperature for ensemble in ensembles}) > 1
+    refit_torsions(flow.prior, torch.cat(torsions), torch.cat(taus), torch.cat(weights), entropies=several)
 
 
 def ess_error(ensemble: Ensemble) -> float:
@@ -271,7 +331,7 @@ def _round(plain: Ensemble, change: tuple[Any, Any], raw: Tensor, *, kept: bool,
     )  # fmt: skip
 
 
-def _problem(old: Round, new: Round, lost: str | None) -> str | None:
+def _problem(old: Round, new: Round, lost: str | None, slack: float) -> str | None:
     """Why a round is undone; None if it is not."""
     if lost is not None:
         return lost
@@ -279,6 +339,6 @@ def _problem(old: Round, new: Round, lost: str | None) -> str | None:
         return (
             f"the first draws became less likely, by {new.nll_change:.3g} ± {new.nll_change_error:.2g} nat on average"
         )
-    if new.ess <= old.ess:
+    if new.ess <= old.ess - slack * math.hypot(new.ess_error, old.ess_error):
         return f"the ESS went from {old.ess:.2%} to {new.ess:.2%}"
     return None

@@ -43,6 +43,7 @@ class Refinement:
         shares, share_errors: of the Boltzmann distribution in each well, as the first draws have it.
         stopped: why there are no more rounds.
         n_energy_evaluations: in all.
+        fitted: the flow with the shares of its torsions fitted in the end; None where there was nothing to fit.
     """
 
     temperature: float
@@ -52,6 +53,7 @@ class Refinement:
     share_errors: tuple[float, ...]
     stopped: str
     n_energy_evaluations: int
+    fitted: Round | None = None
 
     @property
     def before(self) -> Round:
@@ -61,22 +63,31 @@ class Refinement:
     @property
     def after(self) -> Round:
         """The flow that was kept."""
-        return [r for r in self.rounds if r.kept][-1]
+        last = [] if self.fitted is None else [self.fitted]
+        return [r for r in (*self.rounds, *last) if r.kept][-1]
 
     def to_json(self) -> str:
         """JSON text; a number that is not finite is null."""
-        rounds = [{name: _or_null(value) for name, value in asdict(row).items()} for row in self.rounds]
-        return json.dumps({**asdict(self), "rounds": rounds}, indent=1, allow_nan=False)
+        return json.dumps(_or_null(asdict(self)), indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Refinement:
         """What `to_json` gave."""
         stored = json.loads(text)
         lists = {name: tuple(stored[name]) for name in ("wells", "shares", "share_errors")}
-        rows = [{**row, "raw_shares": tuple(row["raw_shares"])} for row in stored["rounds"]]
-        rounds = tuple(Round(**{k: math.nan if v is None else v for k, v in row.items()}) for row in rows)
-        return cls(**{**stored, **lists, "rounds": rounds})
+        rounds = tuple(_round(row) for row in stored["rounds"])
+        fitted = None if stored.get("fitted") is None else _round(stored["fitted"])
+        return cls(**{**stored, **lists, "rounds": rounds, "fitted": fitted})
+
+
+def _round(row: dict[str, Any]) -> Round:
+    numbers = {name: math.nan if value is None else value for name, value in row.items()}
+    return Round(**{**numbers, "raw_shares": tuple(row["raw_shares"])})
 
 
 def _or_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _or_null(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_or_null(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

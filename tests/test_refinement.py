@@ -19,7 +19,8 @@ from openmm_tsf.checkpoint import flow_info, load_flow
 from openmm_tsf.coverage import Coverage, find_wells, shares
 from openmm_tsf.ensemble import Ensemble, draw
 from openmm_tsf.flow import Flow, FlowSettings, build_flow
-from openmm_tsf.refinement import OutOfReach, RefinementSettings, ess_error, joint_frames, refine
+from openmm_tsf.potentials import QuarticPotentials
+from openmm_tsf.refinement import OutOfReach, RefinementSettings, ess_error, fit_shares, joint_frames, refine
 from openmm_tsf.refinement_record import Refinement
 from openmm_tsf.rundir import open_run
 from openmm_tsf.training import History, TrainingSettings, train
@@ -115,6 +116,58 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 
 # --- it refines -------------------------------------------------------------------------------------------------------
+
+
+def stiff_width(flow: Flow) -> float:
+    """Standard deviation of the stiff latents of draws at 600 K."""
+    z, _ = flow.at(HOT).prior.sample(20_000, generator=seeded(8))
+    return float(z[:, : flow.prior.n_stiff].detach().std())
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_torsions_are_given_the_shares_of_weighted_draws(several, good):
+    """Spoilt energies and entropies of the torsion are mended at the temperatures of the draws, and with two of them at
+    a third: to within the error of as many exact draws."""
+    flow, n = copy.deepcopy(good), 40_000
+    g, factor = seeded(3), flow.prior.factors[0]
+    for potential in (factor.marginal, factor.entropy):
+        potential.coefficients.data += 0.3 * torch.randn(potential.coefficients.shape, generator=g)
+    before, widths = weights_of(flow.transform), stiff_width(flow)
+    temperatures = (HOT, 0.75 * HOT) if several else (HOT,)
+    ensembles = [draw(flow, two_wells, temperature=t, n=n, generator=seeded(4)) for t in temperatures]
+    spoilt = factor.entropy.coefficients.clone()
+    fit_shares(flow, ensembles, seeded(5))
+    assert same(before, weights_of(flow.transform))
+    assert torch.equal(spoilt, factor.entropy.coefficients) != several
+    assert abs(stiff_width(flow) / widths - 1.0) < 0.01  # what the entropies would have them is taken back
+    for kelvin in (*temperatures, *([COLD] if several else [])):
+        x, _ = flow.at(kelvin).sample(n, generator=seeded(6))
+        torsion = internals_of("chain4").inverse(x)[0][:, 5]
+        beyond = (torsion - CENTRE) % math.tau
+        share = float(((beyond > math.pi / 2 + 0.1) & (beyond < 1.5 * math.pi - 0.1)).double().mean())
+        exact = minor_share(kelvin)
+        assert abs(share / exact - 1.0) < 4.0 * math.sqrt(2.0 / (n * exact)) + (0.1 if kelvin == COLD else 0.02)
+
+
+def test_a_potential_is_rescaled():
+    potentials = QuarticPotentials(3)
+    potentials.coefficients.data = torch.tensor([[0.3, -0.2, 0.0], [0.2, 0.0, -0.6], [0.1, 0.05, 0.0]])
+    v = torch.linspace(-3.0, 3.0, 7)[:, None].expand(-1, 3)
+    stretched = potentials(1.03 * v)
+    potentials.rescale(1.03)
+    assert torch.allclose(potentials(v), stretched, atol=1e-12)
+
+
+def test_refinement_may_look_elsewhere_too(poor, tmp_path):
+    energy, steep = Counted(), 1.5 * COLD
+    done = refine(poor, energy, COLD, few(also=(steep,), rounds=1), directory=tmp_path, seed=1)
+    names = sorted(path.name for path in tmp_path.glob("*.npz"))
+    assert [name for name in names if name.startswith("also")] == ["also_450K.npz"]
+    assert Ensemble.load(tmp_path / "also_450K.npz").temperature == steep
+    assert done.after.ess > done.before.ess
+    assert done.n_energy_evaluations <= energy.n <= done.n_energy_evaluations + 600
+    with pytest.raises(ValueError, match="above 0 K"):
+        RefinementSettings(also=(450.0, -1.0))
 
 
 def test_refinement_raises_the_ess_at_the_target_and_accounts_for_it(poor, tmp_path):
@@ -347,7 +400,7 @@ def without_the_minor_well(flow: Flow) -> Flow:
 
 
 def trained_to(flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training that ends with the weights of this flow."""
+    """Training that ends with the weights of this flow, which stay what they are."""
 
     def train(other, frames, energy, settings, *, directory, **more):
         other.load_state_dict(flow.state_dict())
@@ -355,6 +408,7 @@ def trained_to(flow: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
         (Path(directory) / "history.json").write_text(History().to_json())
 
     monkeypatch.setattr(refinement, "train", train)
+    monkeypatch.setattr(refinement._Refiner, "_fitted", lambda self, coverage: None)
 
 
 @pytest.mark.parametrize("loses", [True, False])
