@@ -88,7 +88,7 @@ def refit_torsions(prior: MolecularPrior, torsions: Tensor, tau: Tensor, weights
         pulls = [(potential, pull) for potential, pull in pulls if potential.coefficients.numel()]
         own = torch.autograd.grad(_log_z(factor, tau, weights), [p.coefficients for p, _ in pulls]) if pulls else []
         means = [a + b for a, b in zip(own, _means(pulls, torsions[:, group], change), strict=True)]
-        _fit(factor, pulls, means, tau, weights, 2000)
+        _fit(factor, pulls, means, tau, weights, 200)
     if entropies and prior.stiff is not None:
         with torch.no_grad():
             wider = weights @ prior.log_width(torsions).double() - log_width
@@ -122,9 +122,7 @@ def _fit(
     if not any(c.numel() for c in fitted):
         return
     start = [c.detach().clone() for c in fitted]
-    optimiser = torch.optim.LBFGS(
-        fitted, max_iter=max_iterations, history_size=50, tolerance_change=1e-13, line_search_fn="strong_wolfe"
-    )
+    optimiser = torch.optim.LBFGS(fitted, max_iter=max_iterations, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimiser.zero_grad()

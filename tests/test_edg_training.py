@@ -141,6 +141,81 @@ def test_energies_that_are_not_finite_are_counted_in_training():
     assert all(torch.isfinite(p).all() for p in edg.parameters())
 
 
+class Spiked(Correlated):
+    """Its gradient is right, and the product with its Hessian NaN, in the calls that are named."""
+
+    def __init__(self, bad):
+        self.bad, self.calls = bad, 0
+
+    def __call__(self, x):
+        self.calls += 1
+        u = super().__call__(x)
+        return u + Spike.apply(x).sum(1) if self.bad(self.calls) else u
+
+
+class Spike(torch.autograd.Function):
+    """Zero, with a gradient of zero whose own gradient is NaN."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * SpikeOfSlope.apply(x)
+
+
+class SpikeOfSlope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.full_like(grad, torch.nan)
+
+
+def test_steps_without_a_finite_gradient_are_left_out():
+    """A Hamiltonian decoder of one stage asks for the target three times a step: twice for its slopes, once for U."""
+    settings = EDGSettings(decoder="hamiltonian", stages=1, **SMALL)
+    training = EDGTrainingSettings(steps=40, batch=16, record_every=10)
+    target = Spiked(lambda call: call % 30 == 1)  # every tenth step
+    edg = build_edg(target, settings, seed=1)
+    with pytest.warns(UserWarning, match="4 of 40 steps were left out"):
+        history = train_edg(edg, target, training, seed=1)
+    assert target.calls == 40 * 3
+    assert history.n_left_out == 4
+    assert history.n_energy_evaluations == 40 * 16 * 5
+    assert all(p.isfinite().all() for p in edg.parameters())
+    first = build_edg(target, settings, seed=1).state_dict()
+    target = Spiked(lambda call: call > 30)  # from the tenth step on
+    edg = build_edg(target, settings, seed=1)
+    with pytest.raises(RuntimeError, match="20 steps in a row, up to step 30,"):
+        train_edg(edg, target, training, seed=1)
+    assert all(torch.equal(p, first[name]) for name, p in edg.state_dict().items())
+
+
+@pytest.mark.slow
+def test_dynamics_find_every_mode_and_stay_finite_where_the_target_is_steep():
+    """Six Gaussians on a ring, far apart; and double wells of x^4, where steps without taming overflowed."""
+    from openmm_tsf.edg.targets import density_2d, modes_found
+    from openmm_tsf.wells import random_wells
+
+    target, settings = density_2d("MoG6"), EDGSettings(decoder="hamiltonian", stages=3, spread=5.0)
+    edg = build_edg(target, settings, seed=1)
+    train_edg(edg, target, EDGTrainingSettings(steps=1700, batch=128, learning_rate=2e-3), seed=1)
+    x, _ = edg.at().sample(5000, generator=seeded(1))
+    assert modes_found(target, x) == 6
+    wells = random_wells(5, generator=seeded(1))
+    edg = build_edg(wells, EDGSettings(decoder="hamiltonian", stages=3, spread=2.0), seed=1)
+    history = train_edg(edg, wells, EDGTrainingSettings(steps=600, batch=128), seed=1)
+    assert history.n_left_out == history.n_nonfinite == 0
+    bound = kl_bound(edg, wells, 4000, generator=seeded(2))
+    assert 0.0 < bound.value + float(wells.at(1.0).log_z) < 3.0
+
+
 def test_arguments_that_make_no_sense():
     edg = build_edg(Correlated(), EDGSettings(**SMALL), seed=1)
     for bad in ([2.0, 1.0], [0.0, 1.0], [1.0, 2.0, 3.0], []):

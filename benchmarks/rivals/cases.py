@@ -17,6 +17,8 @@ DATA = ("australian", "german", "heart")
 CLUSTERS = {13: 20_000_000, 55: 20_000_000}
 """Particles, and energies."""
 ISING_SIDE, ISING = 16, (2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.7)
+ISING_MARGIN = 0.05
+"""a is (4 + margin)/T: the smaller, the nearer to a Gaussian the relaxation is."""
 KELVIN = (600.0, 300.0)
 
 
@@ -35,7 +37,10 @@ class Case:
         facts: what judging needs besides.
         network: settings of the diffusion generator, those of its network decoder.
         dynamics: what differs for its Hamiltonian decoder.
+        pairs: what differs for its decoder of pairs, of clusters alone.
+        most_steps: of its training, where the budget of energies would take hours.
         steps: settings of its training.
+        weighing: settings of `draw`.
         rivals: settings of rivals, by method.
     """
 
@@ -50,7 +55,10 @@ class Case:
     facts: dict[str, Any] = field(default_factory=dict)
     network: dict[str, Any] = field(default_factory=dict)
     dynamics: dict[str, Any] = field(default_factory=dict)
+    pairs: dict[str, Any] = field(default_factory=dict)
+    most_steps: int = 200_000
     steps: dict[str, Any] = field(default_factory=dict)
+    weighing: dict[str, Any] = field(default_factory=dict)
     rivals: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -94,7 +102,7 @@ def plane(name: str) -> Case:
     target = density_2d(name)
     return Case(
         name, "2d", target, scale=3.0 if name == "Ring" else 5.0, evaluations=2_000_000, n=10_000, log_z=target.log_z(),
-        dynamics={"stages": 3, "batch": 256}, rivals={"tsf": {"hot": 20.0}},
+        dynamics={"stages": 3, "batch": 128}, rivals={"tsf": {"hot": 20.0}},
     )  # fmt: skip
 
 
@@ -139,6 +147,8 @@ def cluster(n: int) -> Case:
     return Case(
         f"LJ{n}", "lj", target, training=target.softened(), scale=0.7 if n < 20 else 1.1, evaluations=CLUSTERS[n],
         n=10_000 if n < 20 else 1_000, network={"hidden": 256}, dynamics={"stages": 5, "batch": 256, "step": 0.01},
+        pairs={"spread": 0.9, "width": 0.03, "stages": 5, "batch": 128}, most_steps=3_000,
+        steps={"anneal_from": 0.3, "anneal_share": 0.3},
     )  # fmt: skip
 
 
@@ -146,27 +156,35 @@ def ising(temperature: float) -> Case:
     """The relaxed Ising model, in whitened coordinates."""
     from openmm_tsf.edg.relaxed_ising import RelaxedIsing
 
-    target = RelaxedIsing(ISING_SIDE, temperature, whitened=True)
+    target = RelaxedIsing(ISING_SIDE, temperature, a=(4.0 + ISING_MARGIN) / temperature, whitened=True)
+    network = {"lattice": (ISING_SIDE, ISING_SIDE), "hidden": 8, "depth": 3, "spread": 1.0, "width": 0.9, "batch": 64}
     return Case(
         f"ising{temperature:g}", "ising", target, scale=2.0, evaluations=4_000_000, n=1_000, log_z=target.log_z,
-        facts={"log_z_ising": target.log_z_ising, "temperature": temperature}, network={"hidden": 256},
-        dynamics={"stages": 3, "batch": 256},
+        facts={"log_z_ising": target.log_z_ising, "temperature": temperature}, network=network,
+        dynamics={"lattice": None, "hidden": 256, "spread": 2.0, "stages": 3, "batch": 256},
+        steps={"steps": 1200, "learning_rate": 1e-2, "anneal_share": 0.0, "weight_average": 0.995},
+        weighing={"steps": 100},
     )  # fmt: skip
 
 
 def alanine(kelvin: float) -> Case:
-    """Alanine dipeptide in standardised flat internals; centres and widths are of the shipped flow's draws at 600 K."""
+    """Alanine dipeptide in whitened flat internals; centres and widths are of the shipped flow's draws at 600 K.
+
+    The network decoder has as many latents as there are soft torsions: given them, the rest is nearly Gaussian.
+    Dynamics add little noise of their own, and have a latent for each coordinate.
+    """
     import openmm_tsf as tsf
-    from openmm_tsf.edg.molecule import WALL, molecular_target
+    from openmm_tsf.edg.molecule import molecular_target
 
     molecule = tsf.alanine_dipeptide()
     energy = tsf.BatchedEnergy(molecule.system)
     generator = torch.Generator().manual_seed(1)
-    frames = tsf.draw(tsf.pretrained("ala2"), energy, temperature=600.0, n=2000, generator=generator)
-    positions = frames.resampled(generator=generator).numpy()
-    target = molecular_target(molecule, energy, positions, kelvin)
+    frames = tsf.draw(tsf.pretrained("ala2"), energy, temperature=600.0, n=4000, generator=generator)
+    target = molecular_target(molecule, energy, frames.resampled(generator=generator).numpy(), kelvin)
     return Case(
-        f"ala2_{kelvin:g}K", "molecule", target, training=target.walled(WALL), scale=1.0, evaluations=4_000_000,
-        n=20_000, facts={"molecule": molecule, "energy": energy, "kelvin": kelvin}, network={"hidden": 256},
-        dynamics={"stages": 3, "batch": 256, "step": 0.01},
+        f"ala2_{kelvin:g}K", "molecule", target, training=target.walled(), scale=1.0, evaluations=4_000_000, n=20_000,
+        facts={"molecule": molecule, "energy": energy, "kelvin": kelvin},
+        network={"hidden": 128, "latent_dim": int(target.internals.circular.sum()), "width": 0.7},
+        dynamics={"stages": 3, "batch": 256, "step": 0.01, "latent_dim": None},
+        steps={"anneal_from": 0.3, "anneal_share": 0.4, "learning_rate": 4e-3},
     )  # fmt: skip

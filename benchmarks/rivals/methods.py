@@ -22,12 +22,12 @@ from .pis import pis
 from .vae import vae
 
 Method = Callable[[Case, Budget, int, int], Drawn]
-MOST_STEPS = 200_000
 
 
 def generator_settings(case: Case, decoder: str, score: str) -> tuple[EDGSettings, int, int]:
     """Settings of a diffusion generator, draws in a step of its training, and energies that a step costs."""
-    given = {"spread": case.scale, **case.network, **(case.dynamics if decoder == "hamiltonian" else {})}
+    special = {"hamiltonian": case.dynamics, "pairs": case.pairs}
+    given = {"spread": case.scale, **case.network, **special.get(decoder, {})}
     batch = given.pop("batch", 512)
     settings = EDGSettings(decoder=decoder, score=score, **given)
     slopes = settings.stages * settings.leaps + 1 if decoder == "hamiltonian" else 0
@@ -37,16 +37,17 @@ def generator_settings(case: Case, decoder: str, score: str) -> tuple[EDGSetting
 def diffusion(case: Case, budget: Budget, n: int, seed: int, *, decoder: str, score: str, name: str) -> Drawn:
     """The diffusion generator; it stops with its steps, of which the budget of energies has so many."""
     settings, batch, cost = generator_settings(case, decoder, score)
-    steps = min(MOST_STEPS, max(1, budget.evaluations // cost))
+    steps = min(case.most_steps, max(1, budget.evaluations // cost))
     begin = time.process_time()
     edg = build_edg(case.learned, settings, seed=seed)
     training = EDGTrainingSettings(**{"steps": steps, "batch": batch, **case.steps})
     history = train_edg(edg, case.learned, training, seed=seed)
     middle = time.process_time()
-    made = draw(edg, case.target, 1.0, n, generator=torch.Generator().manual_seed(seed), chunk=2048)
+    made = draw(edg, case.target, 1.0, n, generator=torch.Generator().manual_seed(seed), chunk=2048, **case.weighing)
     facts = {
-        "steps": steps, "batch": batch, "tolerance": list(made.tolerance), "n_parameters": sum(
-            p.numel() for p in edg.parameters()), "n_function_evaluations": made.n_function_evaluations,
+        "steps": training.steps, "batch": batch, "tolerance": made.tolerance and list(made.tolerance),
+        "n_parameters": sum(p.numel() for p in edg.parameters()),
+        "n_function_evaluations": made.n_function_evaluations,
         "bound_training": history.rows[-1]["bound"], "n_nonfinite_training": history.n_nonfinite,
     }  # fmt: skip
     return Drawn(
@@ -104,6 +105,7 @@ METHODS: dict[str, Method] = {
     "edg-ghd": partial(diffusion, decoder="hamiltonian", score="gaussian", name="edg-ghd"),
     "edg-plain": partial(diffusion, decoder="gaussian", score="plain", name="edg-plain"),
     "edg-energy": partial(diffusion, decoder="gaussian", score="energy", name="edg-energy"),
+    "edg-pairs": partial(diffusion, decoder="pairs", score="pairs", name="edg-pairs"),
     "vae": partial(autoencoder, decoder="gaussian", name="vae"),
     "vae-ghd": partial(autoencoder, decoder="hamiltonian", name="vae-ghd"),
     "bg": partial(rival, real_nvp, name="bg"),
@@ -115,11 +117,12 @@ METHODS: dict[str, Method] = {
     "tsf": partial(rival, steerable, name="tsf"),
     "flow": partial(shipped, name="flow"),
 }
-"""Diffusion generators with a network or with dynamics ("ghd") for decoder, or with the scores of the source ("plain",
-"energy"); autoencoders are the same without diffusion; "flow" is the one that ships, of alanine dipeptide alone."""
+"""Diffusion generators with a network or with dynamics ("ghd") for decoder, with the scores of the source ("plain",
+"energy"), or made of pairs, for clusters alone ("pairs"); autoencoders are the same without diffusion; "flow" is the
+one that ships, of alanine dipeptide alone."""
 
-DEFAULT = [name for name in METHODS if name not in ("edg-plain", "edg-energy", "tsf", "flow")]
-ALSO = {"wells": ["tsf"], "molecule": ["flow"]}
+DEFAULT = [name for name in METHODS if name not in ("edg-plain", "edg-energy", "edg-pairs", "tsf", "flow")]
+ALSO = {"wells": ["tsf"], "lj": ["edg-pairs"], "molecule": ["flow"]}
 """Methods of a group beyond the default ones."""
 
 

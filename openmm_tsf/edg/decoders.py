@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -92,14 +93,19 @@ class HamiltonianDecoder(nn.Module):
 
     From y = spread (z + f(z)), each stage gives itself a fresh velocity v = M z + r(z) and takes leapfrog steps
 
-        v <- v - (h_l/2) (grad u(y) * exp(Q_v/2) + T_v),    Q_v, T_v of (y, l)
-        y <- y + h_l (v * exp(Q_y) + T_y),                  Q_y, T_y of (v, l)
-        v <- v - (h_l/2) (grad u(y) * exp(Q_v/2) + T_v)
+        v <- v - [(h_l/2) grad u(y) * exp(Q_v/2)] - (h_l/2) T_v,    Q_v, T_v of (y, l)
+        y <- y + h_l (v * exp(Q_y) + T_y),                          Q_y, T_y of (v, l)
+        v <- v - [(h_l/2) grad u(y) * exp(Q_v/2)] - (h_l/2) T_v
 
-    with u = U/tau. In the end x = y - h grad u(y) + sqrt(2 h) xi, xi ~ N(0, I). The time steps h_l and h (d,) are
-    learned; they are e0 exp(e0 eps_l) and e0 exp(e0 eta) of the source, where Q has a factor e0 too. The kick that ends
-    a stage is left out: its velocity goes nowhere. So a draw costs stages * leaps + 1 gradients of u; training
-    needs as many products with its Hessian.
+    with u = U/tau. In the end x = y - [h grad u(y)] + sqrt(2 h) xi, xi ~ N(0, I). The kick that ends a stage is left
+    out: its velocity goes nowhere. So a draw costs stages * leaps + 1 gradients of u; training needs as many products
+    with its Hessian.
+
+    Two things keep the dynamics stable. Time steps are h_l = sqrt(tau) e_l and h = tau e with learned e_l and e (d,):
+    a force then moves x as far as at tau = 1, and steps that are stable in a target heated up a hundred times stay so
+    as it cools down. And [.] tames forces: what moves x by less than `spread` is as it was, but no more than that is
+    ever moved. Without it, a plain step throws draws from the steep outskirts of the target (x^4, or a hard core) still
+    farther out, and the next gradient overflows.
 
     Args:
         target: U.
@@ -107,13 +113,14 @@ class HamiltonianDecoder(nn.Module):
         stages: of the dynamics; 0 leaves the Langevin step alone.
         leaps: leapfrog steps of a stage.
         latent_dim: number of latents; by default `dim`.
-        step: time step e0, in units where u of curvature 1 has the period 2 pi.
+        step: e_l and e at the start, in units where U of curvature 1 has the period 2 pi.
         hidden, depth: of the networks.
-        spread: standard deviation of y at the start.
+        spread: standard deviation of y at the start, and the farthest that a force moves a component at once.
         conditioned: whether ln tau is an input of the networks.
 
-    Source: Wang, Guo, Wu, Zhou, arXiv 2401.02080; scaled leapfrog steps: Levy, Hoffman, Sohl-Dickstein, arXiv
-    1711.09268.
+    Source: Wang, Guo, Wu, Zhou, arXiv 2401.02080, where e_l = e0 exp(e0 eps_l) for any tau, Q has a factor e0, and
+    nothing is tamed; scaled leapfrog steps: Levy, Hoffman, Sohl-Dickstein, arXiv 1711.09268; tamed forces: Brosse,
+    Durmus, Moulines, Sabanis, arXiv 1710.05559.
     """
 
     def __init__(
@@ -123,7 +130,8 @@ class HamiltonianDecoder(nn.Module):
         super().__init__()
         if stages < 0 or leaps < 1:
             raise ValueError(f"need stages >= 0 of at least 1 leapfrog step, not {stages} of {leaps}")
-        self.target, self.dim, self.stages, self.leaps = target, dim, stages, leaps
+        self._target = (target,)  # a tuple hides it, and what parameters it may have, from the module's
+        self.dim, self.stages, self.leaps = dim, stages, leaps
         self.conditioned, self.latent_dim, self.n_slopes = conditioned, latent_dim or dim, stages * leaps + 1
         self.spread, size = positive("spread", spread), {"hidden": hidden, "depth": depth}
         self.start = perceptron(self.latent_dim + conditioned, dim * (1 + stages), **size)
@@ -133,27 +141,40 @@ class HamiltonianDecoder(nn.Module):
         self.log_steps = nn.Parameter(torch.full((stages,), math.log(positive("step", step))))
         self.log_step = nn.Parameter(torch.full((dim,), math.log(step)))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> HamiltonianDecoder:
+        """Copies share the target: it may count its calls, or hold a simulation."""
+        memo[id(self.target)] = self.target
+        new = memo[id(self)] = self.__class__.__new__(self.__class__)
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    @property
+    def target(self) -> Target:
+        """U."""
+        return self._target[0]
+
     def conditional(self, z: Latents, tau: Scalars | None = None) -> Conditional:
         """x | z of latents (B, d_z) at temperatures (B,)."""
         shift, *velocities = self.start(self._input(z, tau)).chunk(1 + self.stages, 1)
         y = self.spread * (leading(z, self.dim) + shift)
+        heat = z.new_ones(1, 1) if tau is None else tau[:, None]
         g = slope(self.target, y, tau)
         for stage, velocity in enumerate(velocities):
-            h = self.log_steps[stage].exp()
-            v = self._kick(velocity + z @ self.mixing[stage], y, g, h, stage, tau)
+            h = heat.sqrt() * self.log_steps[stage].exp()
+            v = velocity + z @ self.mixing[stage] - self._half_kick(y, g, h, stage, tau)
             for leap in range(self.leaps):
                 if leap:  # two half kicks at the same place
-                    v = self._kick(v, y, g, 2.0 * h, stage, tau)
+                    v = v - 2.0 * self._half_kick(y, g, h, stage, tau)
                 q, t = self.drifts[stage](self._input(v, tau)).chunk(2, 1)
                 y = y + h * (v * bounded(q).exp() + t)
                 g = slope(self.target, y, tau)
-        h = self.log_step.exp()
-        return Conditional(y - h * g, (0.5 * (math.log(2.0) + self.log_step)).expand_as(y))
+        h = heat * self.log_step.exp()
+        return Conditional(y - tamed(h * g, self.spread), (0.5 * (2.0 * h).log()).expand_as(y))
 
-    def _kick(self, v: Vectors, y: Vectors, g: Vectors, h: Tensor, stage: int, tau: Scalars | None) -> Vectors:
-        """Half a time step h of the force."""
+    def _half_kick(self, y: Vectors, g: Vectors, h: Tensor, stage: int, tau: Scalars | None) -> Vectors:
+        """What half a time step h takes from the velocity."""
         q, t = self.kicks[stage](self._input(y / self.spread, tau)).chunk(2, 1)
-        return v - 0.5 * h * (g * torch.exp(0.5 * bounded(q)) + t)
+        return tamed(0.5 * h * g * torch.exp(0.5 * bounded(q)), self.spread / h) + 0.5 * h * t
 
     def _input(self, z: Latents, tau: Scalars | None) -> Features:
         return with_temperature(z, tau, conditioned=self.conditioned)
@@ -162,6 +183,12 @@ class HamiltonianDecoder(nn.Module):
 def bounded(x: Tensor) -> Tensor:
     """x where it is small, and never beyond +-LARGEST_LOG_WIDTH; smooth."""
     return LARGEST_LOG_WIDTH * torch.tanh(x / LARGEST_LOG_WIDTH)
+
+
+def tamed(x: Tensor, most: Tensor | float) -> Tensor:
+    """x where it is much smaller than `most`, and never beyond +-most; smooth, and finite where x is."""
+    share = x / most
+    return x / torch.hypot(share, torch.ones_like(share))
 
 
 def positive(name: str, value: float) -> float:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from openmm_tsf import weights
 from openmm_tsf.edg.bound import check_target, reduced
+from openmm_tsf.edg.encoder_chain import chain_paths, chain_sample
 from openmm_tsf.edg.encoder_ode import encoder_paths, encoder_sample
 from openmm_tsf.edg.generator import EDG
 from openmm_tsf.edg.networks import Latents, Target
@@ -29,16 +31,19 @@ class EDGDraws:
     from, over pi(x) p_E(z_0|x) ... p_E(z_k|x). Companions make the weights more even, down to those of p_D(x) itself,
     and cost no energy with a decoder that is a network.
 
+    p_E is that of the equation of `encoder_ode`, or of a chain of steps: its ratio R, see `encoder_chain`, stands for
+    p_E above, and what is said holds for the latents of all times together.
+
     Args:
         x: (n, d).
         energy: (n,) raw U; +inf, a weight of zero, where the target was not finite.
         log_density: (n,) ln p^(x) [nat].
-        log_prob_encoder: (n,) ln p_E(z_0|x) [nat].
+        log_prob_encoder: (n,) ln p_E(z_0|x), or ln R [nat].
         tau: temperature of the target.
         companions: k.
-        n_function_evaluations: of the score in the solver, for each draw with its companions.
+        n_function_evaluations: of the score in the solver or the chain, for each draw with its companions.
         n_energy_evaluations: of the target, gradients in the decoder among them.
-        tolerance: (rtol, atol) of the solver.
+        tolerance: (rtol, atol) of the solver; None for a chain, which has none.
         n_nonfinite: draws whose energy was NaN or infinite.
     """
 
@@ -50,7 +55,7 @@ class EDGDraws:
     companions: int
     n_function_evaluations: float
     n_energy_evaluations: int
-    tolerance: tuple[float, float]
+    tolerance: tuple[float, float] | None
     n_nonfinite: int
 
     def __len__(self) -> int:
@@ -97,7 +102,7 @@ class EDGDraws:
 @torch.no_grad()
 def draw(
     edg: EDG, target: Target, tau: float = 1.0, n: int = 10_000, *, companions: int = 0, generator: torch.Generator,
-    rtol: float = 1e-4, atol: float = 1e-4, chunk: int = 8192,
+    rtol: float = 1e-4, atol: float = 1e-4, steps: int | None = None, chunk: int = 8192,
 ) -> EDGDraws:  # fmt: skip
     """Draw from a generator and weigh the draws.
 
@@ -109,10 +114,12 @@ def draw(
         companions: latents beside its own that each draw is weighed with; see `EDGDraws`.
         generator: of the draws.
         rtol, atol: tolerances of the encoder's density; see `encoder_ode.encoder_paths`.
+        steps: weigh by a chain of so many steps instead: weights have the same mean, and scatter a little more, but
+            take no derivative for every latent; for hundreds of them.
         chunk: draws in a batch of the solver, with a step size of its own.
 
     Raises:
-        ValueError: too few draws for weights to mean anything, or a target of another dimension.
+        ValueError: too few draws for weights to mean anything, a target of another dimension, or no steps.
         RuntimeError: the solver does not converge, or no draw has a finite energy.
     """
     if n < FEWEST:
@@ -125,12 +132,17 @@ def draw(
     for start in range(0, n, chunk):
         taus = density.taus(min(chunk, n - start))
         conditional, x, z = density.decoded(len(taus), generator=generator)
-        solver = {"rtol": rtol, "atol": atol, "tau": taus}
-        own = encoder_paths(edg, z, x, **solver)
+        if steps is None:
+            solver: dict[str, Any] = {"rtol": rtol, "atol": atol, "tau": taus}
+            own = encoder_paths(edg, z, x, **solver)
+        else:
+            solver = {"steps": steps, "tau": taus}
+            own = chain_paths(edg, z, x, generator=generator, **solver)
         ratios = [log_normal(z) + conditional.log_prob(x) - own.log_prob]
         evaluations += own.n_function_evaluations * len(x) / n
         for _ in range(companions):
-            other = encoder_sample(edg, x, generator=generator, **solver)
+            sample = encoder_sample if steps is None else chain_sample
+            other = sample(edg, x, generator=generator, **solver)
             log_joint = log_normal(other.start) + edg.decoder.conditional(other.start, taus).log_prob(x)
             ratios.append(log_joint - other.log_prob)
             evaluations += other.n_function_evaluations * len(x) / n
@@ -149,7 +161,7 @@ def draw(
         companions=companions,
         n_function_evaluations=evaluations,
         n_energy_evaluations=n * (1 + edg.decoder.n_slopes * (1 + companions)),
-        tolerance=(rtol, atol),
+        tolerance=(rtol, atol) if steps is None else None,
         n_nonfinite=int((~finite).sum()),
     )
 

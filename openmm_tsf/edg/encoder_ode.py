@@ -12,6 +12,9 @@ is the base of the score, n = (z - a m)/w_t with w_t^2 = a^2 w^2 + sigma^2. The 
 
 and ln p_E(z_0|x) = ln N(z_1; 0, I) + ln|dn_1/dn_0| + sum ln(w_1/w_0). However narrow the posterior, what the solver
 sees is smooth; where there is no correction there is nothing to solve.
+
+The divergence takes a derivative for each latent at each step: in hundreds of dimensions see `encoder_chain` instead.
+Derivatives of many latents in one batch are no faster than one by one, since it is arithmetic that takes the time.
 """
 
 from __future__ import annotations

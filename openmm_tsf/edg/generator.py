@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from openmm_tsf.edg.decoders import Conditional, Decoder, GaussianDecoder, HamiltonianDecoder
 from openmm_tsf.edg.diffusion import VariancePreserving
+from openmm_tsf.edg.lattice import LatticeDecoder, LatticeScore
 from openmm_tsf.edg.networks import Latents, Target
+from openmm_tsf.edg.pairs import PairDecoder, PairScore
 from openmm_tsf.edg.scores import EnergyScore, GaussianScore, PlainScore, Score
 from openmm_tsf.typing import Vectors
 
-DecoderKind = Literal["gaussian", "hamiltonian"]
-ScoreKind = Literal["gaussian", "plain", "energy", "variational"]
+DecoderKind = Literal["gaussian", "hamiltonian", "pairs"]
+ScoreKind = Literal["gaussian", "plain", "energy", "variational", "pairs"]
 
 
 class EDG(nn.Module):
@@ -26,16 +28,21 @@ class EDG(nn.Module):
         decoder: latents to x.
         score: of the encoder.
         diffusion: of the encoder; the same that the score has.
+        settings: what `build_edg` made it of, for files.
 
     Raises:
         ValueError: decoder and score of different numbers of latents, or only one of them conditioned on temperature.
     """
 
-    def __init__(self, decoder: Decoder, score: Score, diffusion: VariancePreserving | None = None) -> None:
+    def __init__(
+        self, decoder: Decoder, score: Score, diffusion: VariancePreserving | None = None, *,
+        settings: EDGSettings | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         if decoder.latent_dim != score.latent_dim:
             raise ValueError(f"the decoder has {decoder.latent_dim} latents, the score {score.latent_dim}")
         self.decoder, self.score, self.diffusion = decoder, score, diffusion or VariancePreserving()
+        self.settings = settings
 
     @property
     def dim(self) -> int:
@@ -111,15 +118,18 @@ class EDGSettings:
     """Architecture of a generator.
 
     Attributes:
-        decoder: "gaussian", a network, or "hamiltonian", dynamics of the target.
+        decoder: "gaussian", a network, "hamiltonian", dynamics of the target, or "pairs", for clusters of identical
+            particles in relative coordinates; see `pairs`.
         score: "gaussian", "plain" or "energy", see `scores`; "variational" is "gaussian" without its correction, so
-            that the encoder is that of a variational autoencoder.
+            that the encoder is that of a variational autoencoder; "pairs" goes with the decoder of this name.
         latent_dim: number of latents; by default as many as components of x.
         hidden, depth: width and number of hidden layers of every network.
         spread: standard deviation of x at the start, in its unit.
-        width: of x given its latents at the start, as a share of `spread` ("gaussian").
-        stages, leaps, step: of the dynamics ("hamiltonian").
+        width: of x given its latents at the start, as a share of `spread` ("gaussian", "pairs").
+        stages, leaps, step: of the dynamics ("hamiltonian"); stages also counts pushes ("pairs").
         conditioned: temperature is an input, for training over a range.
+        lattice: rows and columns of the periodic lattice on whose sites x is, see `lattice`; with the decoder
+            "gaussian" and the scores "gaussian" and "variational".
     """
 
     decoder: DecoderKind = "gaussian"
@@ -133,6 +143,7 @@ class EDGSettings:
     leaps: int = 1
     step: float = 0.05
     conditioned: bool = False
+    lattice: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name, kinds in (("decoder", DecoderKind), ("score", ScoreKind)):
@@ -142,17 +153,34 @@ class EDGSettings:
         for name in ("hidden", "depth", "leaps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"generator setting {name} must be at least 1, not {getattr(self, name)}")
+        if (self.decoder == "pairs") != (self.score == "pairs"):
+            raise ValueError(f'decoder and score are both "pairs" or neither, not {self.decoder!r} and {self.score!r}')
+        if self.decoder == "pairs" and (self.conditioned or self.latent_dim is not None):
+            raise ValueError('decoder = "pairs" has one temperature, and as many latents as components')
+        other = self.decoder != "gaussian" or self.score not in ("gaussian", "variational")
+        if self.lattice is not None and (other or self.conditioned or self.latent_dim is not None):
+            raise ValueError(
+                "on a lattice the decoder is gaussian, the score gaussian or variational, there are as many latents "
+                "as sites, and one temperature"
+            )
 
 
 def build_edg(target: Target, settings: EDGSettings | None = None, *, seed: int = 0) -> EDG:
     """An untrained generator for a target, in double precision.
 
     Args:
-        target: gives the dimension; only Hamiltonian decoders keep it.
+        target: gives the dimension, and the number of particles `n` for "pairs"; only Hamiltonian decoders keep it.
         settings: see EDGSettings.
         seed: of the networks' first weights.
+
+    Raises:
+        ValueError: "pairs" for a target without particles, or a lattice of another number of sites.
     """
     settings = settings or EDGSettings()
+    if settings.decoder == "pairs":
+        return _of_pairs(target, settings, seed)
+    if settings.lattice is not None:
+        return _on_lattice(target, settings, seed)
     latent_dim, diffusion = settings.latent_dim or target.dim, VariancePreserving()
     size: dict[str, Any] = {"hidden": settings.hidden, "depth": settings.depth}
     common = {**size, "spread": settings.spread, "conditioned": settings.conditioned}
@@ -171,4 +199,29 @@ def build_edg(target: Target, settings: EDGSettings | None = None, *, seed: int 
         else:
             corrected = settings.score != "variational"
             score = GaussianScore(latent_dim, target.dim, diffusion, corrected=corrected, **common)
-    return EDG(decoder, score, diffusion).double()
+    return EDG(decoder, score, diffusion, settings=settings).double()
+
+
+def _of_pairs(target: Target, settings: EDGSettings, seed: int) -> EDG:
+    n = getattr(target, "n", 0)
+    if n < 2 or target.dim != 3 * (n - 1):
+        raise ValueError('decoder = "pairs" needs a target of n >= 2 particles in 3 (n - 1) relative coordinates')
+    diffusion = VariancePreserving()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        decoder = PairDecoder(n, settings.stages, spread=settings.spread, width=settings.width)
+        score = PairScore(decoder, diffusion)
+    return EDG(decoder, score, diffusion, settings=settings).double()
+
+
+def _on_lattice(target: Target, settings: EDGSettings, seed: int) -> EDG:
+    rows, columns = settings.lattice
+    if rows * columns != target.dim:
+        raise ValueError(f"a lattice of {rows} x {columns} sites is none of x with {target.dim} components")
+    size: dict[str, Any] = {"hidden": settings.hidden, "depth": settings.depth, "spread": settings.spread}
+    diffusion, corrected = VariancePreserving(), settings.score == "gaussian"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        decoder = LatticeDecoder((rows, columns), width=settings.width, **size)
+        score = LatticeScore((rows, columns), diffusion, corrected=corrected, **size)
+    return EDG(decoder, score, diffusion, settings=settings).double()

@@ -68,11 +68,8 @@ class LennardJones:
 
     @cached_property
     def basis(self) -> Float[Tensor, "relative particles"]:
-        """(n - 1, n) orthonormal rows, each with sum zero: row k compares particle k with the mean of those before."""
-        rows = torch.zeros(self.n - 1, self.n, dtype=torch.float64)
-        for k in range(1, self.n):
-            rows[k - 1, :k], rows[k - 1, k] = 1.0, -float(k)
-        return rows / rows.norm(dim=1, keepdim=True)
+        """Takes relative coordinates to positions and back."""
+        return relative_basis(self.n)
 
     def positions(self, y: Vectors) -> Positions:
         """Positions (B, n, 3) with mean zero of coordinates (B, d).
@@ -119,6 +116,14 @@ class LennardJones:
         r = squares.clamp_min(COINCIDENT).sqrt()
         line = float(_pair(torch.tensor(self.core**2, dtype=torch.float64))) + slope * (r - self.core)
         return torch.where(squares < self.core**2, line, _pair(squares.clamp_min(self.core**2)))
+
+
+def relative_basis(n: int) -> Float[Tensor, "relative particles"]:
+    """(n - 1, n) orthonormal rows, each with sum zero: row k compares particle k with the mean of those before."""
+    rows = torch.zeros(n - 1, n, dtype=torch.float64)
+    for k in range(1, n):
+        rows[k - 1, :k], rows[k - 1, k] = 1.0, -float(k)
+    return rows / rows.norm(dim=1, keepdim=True)
 
 
 def _pair(squares: Tensor) -> Tensor:

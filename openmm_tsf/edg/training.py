@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from openmm_tsf.nets import follow
 from openmm_tsf.storage import read_state, write_state
 
 Progress = Callable[[int, int, str], None]
+MOST_LEFT_OUT = 20
+"""Steps in a row without a finite gradient after which training gives up."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,21 @@ class EDGTrainingSettings:
 
 @dataclass
 class EDGHistory:
-    """What training saw: rows with step, bound (less ln Z [nat], of the target as heated), energy, entropy, encoder,
-    heat, learning_rate, n_nonfinite."""
+    """What training saw.
+
+    Attributes:
+        rows: with step, bound (less ln Z [nat], of the target as heated), energy, entropy, encoder, heat,
+            learning_rate, n_nonfinite.
+        n_energy_evaluations: of the target; see `bound.BoundSample`.
+        n_nonfinite: draws left out, since their energy or its gradient was not finite.
+        n_left_out: steps left out, since the gradient by the parameters was not finite.
+        seconds: of all calls together.
+    """
 
     rows: list[dict[str, float]] = field(default_factory=list)
     n_energy_evaluations: int = 0
     n_nonfinite: int = 0
+    n_left_out: int = 0
     seconds: float = 0.0
 
 
@@ -81,6 +93,9 @@ def train_edg(
     directory: str | Path | None = None, temperatures: Sequence[float] = (1.0,), progress: Progress | None = None,
 ) -> EDGHistory:  # fmt: skip
     """Train a generator in place, by gradients of the bound in single precision.
+
+    A step whose gradient is not finite changes no weights, and counts; many in a row end training without a result,
+    since weights from the way down to the target's own temperature are no result.
 
     Args:
         edg: a generator; on return it holds the averaged weights.
@@ -96,7 +111,11 @@ def train_edg(
     Raises:
         ValueError: a target of another dimension, temperatures that do not fit the generator, or a checkpoint of
             another run.
-        RuntimeError: no draw of a step has a finite energy, or a gradient is not finite.
+        RuntimeError: no draw of a step has a finite energy, or the gradients of `MOST_LEFT_OUT` steps in a row are not
+            finite.
+
+    Warns:
+        UserWarning: steps were left out.
     """
     check_target(edg, target)
     trainer = _Trainer(edg, target, settings or EDGTrainingSettings(), seed, temperatures, directory)
@@ -117,7 +136,7 @@ class _Trainer:
         self.average = copy.deepcopy(self.edg)
         self.optimiser = torch.optim.AdamW(self.edg.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
         self.generator = torch.Generator().manual_seed(seed)
-        self.step, self.norm, self.history = 0, 0.0, EDGHistory()
+        self.step, self.norm, self.left_out, self.history = 0, 0.0, 0, EDGHistory()
         self.recent: list[dict[str, float]] = []
         facts = {"seed": seed, "temperatures": list(self.range), "shapes": [list(p.shape) for p in edg.parameters()]}
         self.identity = json.dumps({**facts, **asdict(settings)})
@@ -133,6 +152,9 @@ class _Trainer:
             if self.step % settings.checkpoint_every == 0 or self.step == settings.steps:
                 self._save()
             progress(self.step, settings.steps, f"bound {sample.value:.3f}")
+        if self.history.n_left_out:
+            message = f"{self.history.n_left_out} of {settings.steps} steps were left out: their gradient is not finite"
+            warnings.warn(message, stacklevel=3)
         self.result.load_state_dict(self.average.state_dict())
         return self.history
 
@@ -147,15 +169,25 @@ class _Trainer:
         sample.loss.backward()
         limit = settings.clip * self.norm if self.norm else math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.edg.parameters(), limit))
+        self.step += 1
         if not math.isfinite(norm):
-            raise RuntimeError(
-                f"the gradient is not finite at step {self.step}; a smaller learning_rate or soften_above may help"
-            )
+            self._leave_out()
+            return sample
+        self.left_out = 0
         self.norm = min(norm, limit) if not self.norm else 0.98 * self.norm + 0.02 * min(norm, limit)
         self.optimiser.step()
-        self.step += 1
         follow(self.average.parameters(), self.edg.parameters(), self.settings.weight_average, self.step)
         return sample
+
+    def _leave_out(self) -> None:
+        """Count a step without a finite gradient; raises where there were many in a row."""
+        self.left_out += 1
+        self.history.n_left_out += 1
+        if self.left_out == MOST_LEFT_OUT:
+            raise RuntimeError(
+                f"the gradients of {MOST_LEFT_OUT} steps in a row, up to step {self.step}, are not finite; a smaller "
+                "learning_rate, another spread, or a target that is softer where it is steepest may help"
+            )
 
     def _set_rate(self) -> None:
         """Learning rate of this step."""
@@ -193,9 +225,10 @@ class _Trainer:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         state = {
-            "identity": self.identity, "step": self.step, "norm": self.norm, "edg": self.edg.state_dict(),
-            "average": self.average.state_dict(), "optimiser": self.optimiser.state_dict(),
-            "generator": self.generator.get_state(), "recent": self.recent, "history": asdict(self.history),
+            "identity": self.identity, "step": self.step, "norm": self.norm, "left_out": self.left_out,
+            "edg": self.edg.state_dict(), "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(), "generator": self.generator.get_state(), "recent": self.recent,
+            "history": asdict(self.history),
         }  # fmt: skip
         write_state(self.path, state)
         write_text(self.path.parent / "history.json", json.dumps(asdict(self.history), indent=1))
@@ -212,6 +245,7 @@ class _Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.generator.set_state(state["generator"])
         self.step, self.norm, self.recent = state["step"], state["norm"], state["recent"]
+        self.left_out = state["left_out"]
         self.history = EDGHistory(**state["history"])
 
 

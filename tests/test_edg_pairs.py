@@ -1,0 +1,152 @@
+"""Generators of clusters: their symmetries, what they are made of, and ln Z of small clusters against quadrature."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from openmm_tsf.edg import EDGSettings, EDGTrainingSettings, build_edg, draw, encoder_log_prob, kl_bound, train_edg
+from openmm_tsf.edg.lennard_jones import LennardJones, relative_basis
+from openmm_tsf.edg.pairs import BLUR, Pairs, unit_vectors
+
+SETTINGS = EDGSettings(decoder="pairs", score="pairs", stages=2, spread=0.9, width=0.05)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def roughened(n, size=0.02, **changes):
+    """A generator with its parameters moved at random."""
+    edg = build_edg(LennardJones(n), copy.replace(SETTINGS, **changes) if changes else SETTINGS, seed=1)
+    generator = seeded(3)
+    with torch.no_grad():
+        for p in edg.parameters():
+            p.add_(size * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return edg
+
+
+def moved(cluster, y, matrix, order):
+    """The same clusters turned, mirrored and with particles exchanged."""
+    return cluster.relative(cluster.positions(y)[:, order] @ matrix.T)
+
+
+def test_neither_order_nor_orientation_matters():
+    """The decoder's mean and the score move with the particles; widths and ln p_E(z|x) stay."""
+    cluster, edg = LennardJones(5), roughened(5)
+    z, x, t = (
+        torch.randn(6, 12, generator=seeded(1)),
+        torch.randn(6, 12, generator=seeded(2)),
+        torch.linspace(0.0, 1, 6),
+    )
+    matrix, _ = torch.linalg.qr(torch.randn(3, 3, generator=seeded(4)))
+    matrix = -matrix * torch.linalg.det(matrix)  # a mirror image too
+    order = torch.tensor([3, 0, 4, 1, 2])
+    z2, x2 = (moved(cluster, y, matrix, order) for y in (z, x))
+    one, two = edg.decoder.conditional(z), edg.decoder.conditional(z2)
+    assert torch.allclose(moved(cluster, one.mean, matrix, order), two.mean)
+    assert torch.allclose(one.log_width, two.log_width)
+    assert (one.mean - 0.9 * z).abs().max() > 0.1
+    a, b = edg.score.parts(z, edg.score.given(x), t), edg.score.parts(z2, edg.score.given(x2), t)
+    for u, v in zip(a[::2], b[::2], strict=True):
+        assert torch.allclose(moved(cluster, u, matrix, order), v)
+    assert a.correction.abs().max() > 0.1
+    assert torch.allclose(encoder_log_prob(edg, z, x, 1e-8, 1e-8), encoder_log_prob(edg, z2, x2, 1e-8, 1e-8))
+
+
+def test_sums_over_pairs_are_what_they_say():
+    n = 4
+    pairs, y, u = Pairs(n).double(), torch.randn(2, 9, generator=seeded(1)), torch.randn(2, 9, generator=seeded(2))
+    coefficients = torch.randn(2, 6, 2, generator=seeded(3))
+    basis = relative_basis(n)
+    positions, others = (basis.T @ v.view(2, 3, 3) for v in (y, u))
+    i, j = torch.triu_indices(n, n, 1)
+    d = pairs.vectors(y)
+    assert torch.allclose(d, positions[:, i] - positions[:, j])
+    unit = unit_vectors(d)
+    assert torch.allclose(unit, d / (d.square().sum(2, keepdim=True) + BLUR).sqrt())
+    expected, around = torch.zeros_like(others), torch.zeros(2, 6)
+    for p in range(6):
+        for q in range(6):
+            if p != q and {int(i[p]), int(j[p])} & {int(i[q]), int(j[q])}:
+                around[:, p] += coefficients[:, q, 0] / 4
+        step = others[:, i[p]] - others[:, j[p]]
+        force = coefficients[:, p, :1] * step
+        force = force + coefficients[:, p, 1:] * (unit[:, p] * step).sum(1, keepdim=True) * unit[:, p]
+        expected[:, i[p]] += force
+        expected[:, j[p]] -= force
+    assert torch.allclose(basis.T @ pairs.stretched(coefficients, unit, u).view(2, 3, 3), expected)
+    assert torch.allclose(pairs.around(coefficients)[..., 0], around)
+
+
+def test_newton_steps_find_where_a_configuration_came_from():
+    edg = roughened(6, 0.004)
+    edg.score.pushes.load_state_dict(build_edg(LennardJones(6), SETTINGS).score.pushes.state_dict())
+    z = torch.randn(50, 15, generator=seeded(1))
+    x = edg.decoder.centre(z)
+    with torch.no_grad():
+        edg.score.newton.zero_()
+        edg.score.log_steps.zero_()
+        near = edg.score.given(x).mean
+        edg.score.newton = torch.nn.Parameter(edg.score.newton[:0])
+        edg.score.log_steps = torch.nn.Parameter(edg.score.log_steps[:0])
+        far = edg.score.given(x).mean
+    assert 1e-3 < (near - z).norm() < 0.3 * (far - z).norm()
+
+
+def trained(n):
+    cluster = LennardJones(n)
+    edg = build_edg(cluster.softened(), SETTINGS, seed=1)
+    settings = EDGTrainingSettings(steps=300, batch=128, anneal_share=0.0, learning_rate=4e-3)
+    train_edg(edg, cluster.softened(), settings, seed=1)
+    return edg
+
+
+def test_two_particles_have_the_exact_partition_function():
+    drawn = draw(trained(2), LennardJones(2), n=2000, companions=1, generator=seeded(1), rtol=1e-3, atol=1e-3)
+    assert abs(drawn.log_z - exact_log_z(2)) < 4.0 * drawn.log_z_error < 0.2
+    assert drawn.ess > 0.4
+
+
+def test_the_bound_of_three_particles_is_one():
+    """Training brings it within 1.5 nat of ln Z, from 8, and not beyond."""
+    cluster = LennardJones(3).softened()  # whose Z is hardly larger: e^-7 for an overlap
+    first = kl_bound(build_edg(cluster, SETTINGS, seed=1), cluster, 4000, generator=seeded(2))
+    bound = kl_bound(trained(3), cluster, 4000, generator=seeded(2))
+    assert first.value + exact_log_z(3) > 5.0
+    assert -3.0 * bound.error < bound.value + exact_log_z(3) < 1.5
+
+
+def exact_log_z(n):
+    """ln of the integral of exp(-u) over relative coordinates: over the distance of two particles, or over two
+    distances of three and the angle between them."""
+    r = torch.linspace(0.5, 8.0, 120 if n == 3 else 4001)
+    pair = r**-12 - 2.0 * r**-6
+    if n == 2:  # y = (x_1 - x_2)/sqrt 2
+        return math.log(float(torch.trapezoid(4.0 * math.pi * r**2 * torch.exp(-pair - r**2 / 4.0), r)) / 2.0**1.5)
+    c, weight = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(100))
+    a, b = r[:, None, None], r[None, :, None]
+    third = (a**2 + b**2 - 2.0 * a * b * c).clamp_min(1e-6).sqrt()
+    u = pair[:, None, None] + pair[None, :, None] + third**-12 - 2.0 * third**-6
+    u = u + (a**2 + b**2 + third**2) / 6.0  # sum |x_i - c|^2 = sum of squared distances/3
+    inner = (torch.exp(-u) * weight).sum(2) * r[:, None] ** 2 * r[None, :] ** 2
+    integral = torch.trapezoid(torch.trapezoid(inner, r), r) * 8.0 * math.pi**2
+    return math.log(float(integral) / 3.0**1.5)  # |d(x_2 - x_1, x_3 - x_1)/dy| = 3^(3/2)
+
+
+def test_settings_that_do_not_fit():
+    with pytest.raises(ValueError, match='both "pairs" or neither'):
+        EDGSettings(decoder="pairs")
+    with pytest.raises(ValueError, match="one temperature"):
+        EDGSettings(decoder="pairs", score="pairs", conditioned=True)
+
+    class Flat:
+        dim = 6
+
+        def __call__(self, x):
+            return x.sum(1)
+
+    with pytest.raises(ValueError, match="n >= 2 particles"):
+        build_edg(Flat(), SETTINGS)
