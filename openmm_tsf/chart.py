@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import networkx as nx
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from .geometry import wrap
@@ -64,6 +65,13 @@ class Chart(nn.Module):
     def forward(self, q: Vectors) -> Mask:
         """(batch,) True where q is inside."""
         return torch.stack([test.all(1) for test in self._tests(q)]).all(0)
+
+    def excess(self, q: Vectors) -> Float[Tensor, "batch tests"]:
+        """By how much torsions are beyond their branch [rad], and centres of the wrong hand [a sum of sines]: zero on
+        the chart, (batch, n) of both, differentiable. Bonds and angles are left to the caller."""
+        angle = q[:, self.first_torsion :]
+        beyond = (angle - self.centre.to(q)).abs() - self.half_width.to(q)
+        return torch.cat((beyond, -self._handedness(angle) * self.hand.to(q)), 1).clamp_min(0.0)
 
     def _tests(self, q: Vectors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         angle = q[:, self.first_torsion :]

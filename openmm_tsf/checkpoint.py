@@ -49,21 +49,14 @@ def save_flow(flow: Flow, path: str | os.PathLike, *, extra: Mapping[str, Any] |
     """
     if flow.molecule is None:
         raise ValueError("flows of model systems have no molecule and no file; keep their state_dict() instead")
-    tensors = {name: _compact(tensor) for name, tensor in flow.state_dict().items()}
+    tensors = dict(flow.state_dict())
     facts = {
-        "molecule": flow.molecule.to_dict(),
-        "root": flow.zmatrix.root,
-        "rows": [list(asdict(row).values()) for row in flow.zmatrix.rows],
+        **chemistry(flow.molecule, flow.zmatrix),
         "training_temperature": flow.training_temperature,
         "settings": asdict(flow.settings),
-        "versions": {name: _version(name) for name in VERSIONED},
         "extra": dict(extra or {}),
     }
-    text = json.dumps(facts, sort_keys=True, allow_nan=False)
-    digest = _digest(tensors, text)
-    with whole(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": FORMAT, "facts": text, "sha256": digest})
-    return digest
+    return write_checkpoint(path, tensors, facts, FORMAT)
 
 
 def load_flow(path: str | os.PathLike, *, dtype: torch.dtype = torch.float64) -> Flow:
@@ -77,11 +70,9 @@ def load_flow(path: str | os.PathLike, *, dtype: torch.dtype = torch.float64) ->
         FileNotFoundError: no such file.
         CheckpointError: truncated, altered, or not a flow.
     """
-    tensors, facts = _read(Path(path))
+    tensors, facts = read_checkpoint(path, FORMAT, "flow")
     try:
-        molecule = Molecule.from_dict(facts["molecule"])
-        rows = tuple(ZRow(*row) for row in facts["rows"])
-        zmatrix = ZMatrix(tuple(facts["root"]), rows, tuple(molecule.atom_labels))
+        molecule, zmatrix = chemistry_of(facts)
         settings = _settings(facts["settings"])
         internals = FlatInternals(molecule, zmatrix)
         with torch.random.fork_rng(devices=[]):
@@ -90,7 +81,7 @@ def load_flow(path: str | os.PathLike, *, dtype: torch.dtype = torch.float64) ->
                 facts["training_temperature"],
                 *(_only(tensors, name) for name in (".mean", ".matrix")),
             )  # fmt: skip
-        _check_finite(tensors)
+        check_finite(tensors)
         flow.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())  # torch lists mismatches in lines
@@ -104,10 +95,9 @@ def flow_info(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         FileNotFoundError, CheckpointError: as in `load_flow`.
     """
-    tensors, facts = _read(Path(path))
-    molecule = facts.pop("molecule")
+    tensors, facts = read_checkpoint(path, FORMAT, "flow")
+    digest, molecule = content_hash(tensors, facts), facts.pop("molecule")
     parameters = sum(t.numel() for name, t in tensors.items() if t.is_floating_point())
-    digest = _digest(tensors, json.dumps({**facts, "molecule": molecule}, sort_keys=True, allow_nan=False))
     return {"format": FORMAT, "molecule": molecule["name"], "n_numbers": parameters, "sha256": digest, **facts}
 
 
@@ -125,9 +115,11 @@ def flow_path(source: str | os.PathLike) -> Path:
 
     Raises:
         FileNotFoundError: what looks like a path is not there.
-        ValueError: there is no pretrained flow of that name.
+        ValueError: there is no pretrained flow of that name, or it is the run of another model.
     """
     path = Path(source)
+    if path.suffix == ".edg" or (path / "generator.edg").exists():
+        raise ValueError(f"{source} is a diffusion generator, and a flow is needed here")
     if not path.exists() and (path.suffix or len(path.parts) > 1):
         raise FileNotFoundError(f"no flow at {path}")
     return (path / "flow.tsf" if path.is_dir() else path) if path.exists() else pretrained_path(str(source))
@@ -146,6 +138,76 @@ def pretrained_path(name: str) -> Path:
     return folder / f"{name}.tsf"
 
 
+def chemistry(molecule: Molecule, zmatrix: ZMatrix) -> dict[str, Any]:
+    """Molecule and z-matrix as facts of a file."""
+    rows = [list(asdict(row).values()) for row in zmatrix.rows]
+    return {"molecule": molecule.to_dict(), "root": zmatrix.root, "rows": rows}
+
+
+def chemistry_of(facts: Mapping[str, Any]) -> tuple[Molecule, ZMatrix]:
+    """What `chemistry` wrote."""
+    molecule = Molecule.from_dict(facts["molecule"])
+    rows = tuple(ZRow(*row) for row in facts["rows"])
+    return molecule, ZMatrix(tuple(facts["root"]), rows, tuple(molecule.atom_labels))
+
+
+def write_checkpoint(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], form: str
+) -> str:  # fmt: skip
+    """Write tensors, facts and versions to one file, whole or not at all.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        facts: JSON-safe.
+        form: name and number of the format.
+
+    Returns:
+        The content hash.
+    """
+    compact = {name: _compact(tensor) for name, tensor in tensors.items()}
+    versions = {name: _version(name) for name in VERSIONED}
+    text = json.dumps({**facts, "versions": versions}, sort_keys=True, allow_nan=False)
+    digest = _digest(compact, text)
+    with whole(path) as temporary:
+        save_file(compact, temporary, metadata={"format": form, "facts": text, "sha256": digest})
+    return digest
+
+
+def read_checkpoint(path: str | os.PathLike, form: str, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of a checked file.
+
+    Args:
+        path: of the file.
+        form: format that it should have.
+        what: a file of this format holds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: truncated, altered, or of another format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no {what} at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != form:
+                found = header.get("format")
+                raise CheckpointError(f"{path} is not an openmm_tsf {what} (format {found!r}, expected {form!r})")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is cut short or not a {what}: {error}") from error
+    if _digest(tensors, header.get("facts", "")) != header.get("sha256"):
+        raise CheckpointError(f"{path} was altered: its content does not match its hash; take a fresh copy")
+    return tensors, json.loads(header["facts"])
+
+
+def content_hash(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
+    """The hash that `write_checkpoint` gave to what `read_checkpoint` has read."""
+    return _digest(tensors, json.dumps(facts, sort_keys=True, allow_nan=False))
+
+
 def _settings(stored: Mapping[str, Any]) -> FlowSettings:
     """The architecture that a file tells of; older files know fewer settings.
 
@@ -158,7 +220,7 @@ def _settings(stored: Mapping[str, Any]) -> FlowSettings:
     return FlowSettings(**known)
 
 
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError for numbers that are not finite: draws from such potentials would never end."""
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
@@ -186,24 +248,6 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts of a checked file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no flow at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                found = header.get("format")
-                raise CheckpointError(f"{path} is not an openmm_tsf flow (format {found!r}, expected {FORMAT!r})")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is cut short or not a flow: {error}") from error
-    if _digest(tensors, header.get("facts", "")) != header.get("sha256"):
-        raise CheckpointError(f"{path} was altered: its content does not match its hash; take a fresh copy")
-    return tensors, json.loads(header["facts"])
 
 
 def _version(name: str) -> str:

@@ -87,9 +87,9 @@ def run(source: Source, out: Out = None, seed: Seed = None, debug: Debug = False
     """Simulate, train, sample and report, skipping what is done.
 
     The directory then holds config.toml (all that was set), topology.pdb,
-    training.dcd, flow.tsf, ensemble_300K.npz (weighted draws),
-    ensemble_300K.dcd (equally likely frames), pictures, report.html and
-    metrics.json.
+    training.dcd, flow.tsf (or generator.edg, where model = "edg"),
+    ensemble_300K.npz (weighted draws), ensemble_300K.dcd (equally likely
+    frames), pictures, report.html and metrics.json.
     """
     with open_source(source, out, seed) as opened:
         for name in ("simulate", "train", "sample", "report"):
@@ -108,7 +108,7 @@ def simulate(source: Source, out: Out = None, seed: Seed = None, debug: Debug = 
 @app.command(epilog=examples("openmm-tsf train runs/ala2"))
 @friendly
 def train(source: Source, out: Out = None, seed: Seed = None, debug: Debug = False) -> None:
-    """Train the flow on the frames of the run directory; writes flow.tsf."""
+    """Train the flow on the frames of the run directory, or a diffusion generator on energies."""
     with open_source(source, out, seed) as opened:
         _do(opened, "train")
 

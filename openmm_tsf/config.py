@@ -47,7 +47,7 @@ def load_config(path: str | os.PathLike) -> Config:
         config = _absolute(parse_config(table), path.resolve().parent)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    if "explore" not in table.get("sample", {}) and not config.flow.explores:
+    if config.model == "flow" and "explore" not in table.get("sample", {}) and not config.flow.explores:
         warnings.warn(f"{path}: sample.explore is 0 and not a tenth: {cannot_explore(config.flow)}", stacklevel=2)
     return config
 
@@ -66,7 +66,14 @@ def dump_config(config: Config) -> str:
     import tomli_w
 
     head = "# Resolved configuration, defaults included. A key that is not here is left to the program.\n\n"
-    return head + tomli_w.dumps(_plain(dataclasses.asdict(config)))
+    return head + tomli_w.dumps(_plain(relevant(config)))
+
+
+def relevant(config: Config) -> dict[str, Any]:
+    """The configuration as nested dicts, without the tables of a model that it has not."""
+    tables = dataclasses.asdict(config)
+    others = ("flow", "train") if config.model == "edg" else ("edg",)
+    return {name: table for name, table in tables.items() if name not in others}
 
 
 def save_config(config: Config, path: str | os.PathLike) -> None:

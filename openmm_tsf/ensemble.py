@@ -119,6 +119,16 @@ class Ensemble:
         return weights.log_mean_exp(self.log_weights, self.n_rejected)
 
     @property
+    def log_z_bound(self) -> float:
+        """Lower bound of ln Z [nat]: the mean of ln w of draws of finite energy, and ln of their share of all draws.
+
+        They are draws of the density as cut down to such configurations, for which the mean is a bound by itself.
+        """
+        finite = torch.isfinite(self.energy)
+        share = int(finite.sum()) / (len(self) + self.n_rejected)
+        return float(self.log_weights[finite].mean()) + math.log(share) if share else -math.inf
+
+    @property
     def log_z_error(self) -> float:
         """Standard error of `log_z` [nat]: the relative one of the mean weight, sqrt((1/ESS - 1)/n)."""
         return math.sqrt((1.0 / self.ess - 1.0) / (len(self) + self.n_rejected)) if self.ess > 0 else math.inf
@@ -270,13 +280,15 @@ def draw(
                 progress(done, n, f"{n_rejected} rejected")
     x, energies, log_prob, log_factor = (torch.cat(parts) for parts in zip(*columns, strict=True))
     ensemble = Ensemble(x, energies, log_prob, target, n_rejected, log_factor, sampling, explore)
-    message = out_of_reach(ensemble, trained)
+    message = out_of_reach(ensemble, trained, getattr(flow, "noun", "flow"))
     if message is not None:
         warnings.warn(message, stacklevel=2)
     return ensemble
 
 
-def out_of_reach(ensemble: Ensemble, training_temperature: float | int | None = None) -> str | None:
+def out_of_reach(
+    ensemble: Ensemble, training_temperature: float | int | None = None, noun: str = "flow"
+) -> str | None:  # fmt: skip
     """One line that says why the weights are not to be trusted and what to do; None where they are.
 
     An ESS below 1 %, or one draw of a thousand or more that carries over a tenth of the weight, is out of reach.
@@ -287,9 +299,10 @@ def out_of_reach(ensemble: Ensemble, training_temperature: float | int | None = 
     trained = "" if training_temperature is None else f" (trained at {training_temperature:g} K)"
     at_home = ensemble.temperature == ensemble.sampling_temperature == training_temperature
     advice = "train longer" if at_home else "draw nearer to the training temperature or train longer"
+    tried = len(ensemble) + ensemble.n_rejected
     return (
-        f"{ensemble.temperature:g} K is out of reach of this flow{trained} run at {ensemble.sampling_temperature:g} K: "
-        f"ESS {100 * ensemble.ess:.2g} % of {len(ensemble) + ensemble.n_rejected} draws, largest weight "
+        f"{ensemble.temperature:g} K is out of reach of this {noun}{trained} run at "
+        f"{ensemble.sampling_temperature:g} K: ESS {100 * ensemble.ess:.2g} % of {tried} draws, largest weight "
         f"{100 * ensemble.largest_weight_share:.2g} % of all; {advice}"
     )
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .canvas import png
 from .files import write_text
-from .report_page import CAPTIONS, PAGE
+from .report_page import CAPTIONS, GENERATOR_CAPTIONS, PAGE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +27,7 @@ UNSEEN = 0.1
 """Effective draws below which a basin counts as not seen, where its share is not known to a half of itself either."""
 REMARK = (
     "The effective sample size counts rejected draws as zero weights and clips nothing. Errors are one standard error, "
-    "from a bootstrap over the draws. ln Z is that of the flow's internal coordinates, rigid motions integrated out."
+    "from a bootstrap over the draws. ln Z is that of the {}'s internal coordinates, rigid motions integrated out."
 )
 
 
@@ -82,18 +82,19 @@ def render(
     notes: Sequence[str] = (),
 ) -> str:
     """The page as text; arguments as in `write_report`."""
-    hot, cold = (metrics[f"temperature_{which}_kelvin"] for which in ("train", "target"))
+    cold = metrics["temperature_target_kelvin"]
     return page(
-        f"{name} at {cold:g} K, from a flow trained at {hot:g} K",
+        f"{name} at {cold:g} K, from a {noun(metrics)} trained {trained(metrics)}",
         summary=summary(metrics),
         warnings=[*warning_sentences(metrics), *notes],
         tables=[_main_table(metrics), _comparison(metrics)],
-        remark=REMARK,
+        remark=REMARK.format(noun(metrics)),
         figures=figures,
         settings={"seed": seed, **settings},
         versions=versions,
         metrics=metrics,
         file="metrics.json",
+        captions=CAPTIONS if noun(metrics) == "flow" else CAPTIONS | GENERATOR_CAPTIONS,
     )
 
 
@@ -109,6 +110,7 @@ def page(
     versions: Mapping[str, str],
     metrics: Metrics,
     file: str,
+    captions: Mapping[str, tuple[str, str]] = CAPTIONS,
 ) -> str:
     """A whole page.
 
@@ -119,6 +121,7 @@ def page(
         figures: matplotlib figures or the bytes of PNG files by name.
         settings: sections within sections, or flat; `versions`: of packages.
         metrics: every figure that was measured, which is in the file of this name too.
+        captions: heading and caption of each figure.
     """
     return Template(PAGE).substitute(
         title=escape(title),
@@ -126,7 +129,7 @@ def page(
         warnings=_warnings(warnings),
         table="".join(tables),
         remark=escape(remark),
-        pictures="".join(_picture(key, figure) for key, figure in figures.items()),
+        pictures="".join(_picture(key, figure, captions) for key, figure in figures.items()),
         settings=_pairs(_flat(settings)),
         versions=_pairs(versions),
         file=escape(file),
@@ -134,13 +137,27 @@ def page(
     )
 
 
+def noun(metrics: Metrics) -> str:
+    """What the model is called: a flow, or another generator."""
+    return "diffusion generator" if metrics.get("model") == "edg" else "flow"
+
+
+def trained(metrics: Metrics) -> str:
+    """At which temperature a model was trained, or over which."""
+    low, high = (metrics.get(f"temperature_{which}_kelvin") for which in ("lowest", "highest"))
+    if low is None or low == high:
+        return f"at {metrics['temperature_train_kelvin']:g} K"
+    return f"from {low:g} to {high:g} K"
+
+
 def summary(metrics: Metrics) -> list[str]:
     """What was reached, in sentences."""
     cold = metrics["temperature_target_kelvin"]
     jointly = " (that of its positions and momenta)" if metrics.get("n_momenta") else ""
+    jointly = " (that of its positions and latents)" if metrics.get("n_latents") else jointly
     sentences = [
-        f"{_course(metrics)} Every draw has its exact weight{jointly}, so reweighted figures are free of the flow's "
-        "own errors as long as these numbers are not small."
+        f"{_course(metrics)} Every draw has its exact weight{jointly}, so reweighted figures are free of the "
+        f"{noun(metrics)}'s own errors as long as these numbers are not small."
     ]
     share, error = metrics.get("alpha_left_target"), metrics.get("alpha_left_target_error")
     if share is None or error is None:
@@ -160,10 +177,14 @@ def _course(metrics: Metrics) -> str:
     """How the flow came to its temperatures, and what its draws are worth there."""
     hot, cold = metrics["temperature_train_kelvin"], metrics["temperature_target_kelvin"]
     worth = f"Its {metrics['n_draws_target']:,} draws there are worth {percent(metrics['ess_target'])} of as many"
+    at_home = f"those at {hot:g} K are worth {percent(metrics['ess_train'])}."
+    if noun(metrics) != "flow":
+        learned = "; what temperature does to it is learned, not exact" if metrics.get("is_conditioned") else ""
+        end = "independent ones." if hot == cold else f"independent ones; {at_home}"
+        return f"The {noun(metrics)} was trained {trained(metrics)} on energies alone{learned}. {worth} {end}"
     if hot == cold:
         return f"The flow was trained at {hot:g} K. {worth} independent ones."
     steered = "steered to" if metrics.get("steers", True) else "run, though it is of a kind that does not steer, at"
-    at_home = f"those at {hot:g} K are worth {percent(metrics['ess_train'])}."
     return f"The flow was trained at {hot:g} K only and {steered} {cold:g} K. {worth} independent ones; {at_home}"
 
 
@@ -216,15 +237,15 @@ def warning_sentences(metrics: Metrics) -> list[str]:
             at_home = temperature == metrics["temperature_train_kelvin"]
             nearer = "" if at_home else ", or ask for a temperature nearer to that of training"
             found.append(
-                f"{temperature:g} K is {verdict} of this flow: the effective sample size is {percent(ess)}. Error bars "
-                f"there are themselves uncertain; train longer{nearer}."
+                f"{temperature:g} K is {verdict} of this {noun(metrics)}: the effective sample size is {percent(ess)}. "
+                f"Error bars there are themselves uncertain; train longer{nearer}."
             )
         largest = metrics.get(f"largest_weight_share_{which}")
         if largest is not None and largest > 0.1:
             found.append(f"One single draw carries {percent(largest)} of the weight at {temperature:g} K.")
     share, error = metrics.get("alpha_left_target"), metrics.get("alpha_left_target_error")
     if alpha_left_bound(metrics, "target") is not None:
-        found.append(f"alpha_L: {alpha_left(metrics, 'target')}, if the flow does not simply miss it.")
+        found.append(f"alpha_L: {alpha_left(metrics, 'target')}, if the {noun(metrics)} does not simply miss it.")
     elif share and error and error > 0.1 * share:
         found.append(f"The alpha_L share is known to {percent(error / share)} of itself only; more draws narrow it.")
     distance = deviation(metrics)
@@ -279,6 +300,11 @@ def _main_table(metrics: Metrics) -> str:
         row("effective sample size (Kish, unclipped)", lambda w: percent(get(f"ess_{w}"))),
         row("largest weight, share of all", lambda w: percent(get(f"largest_weight_share_{w}"))),
         row("ln Z [nat]", lambda w: with_error(get(f"log_z_{w}_nat"), get(f"log_z_{w}_error_nat"))),
+        *(
+            [row("lower bound of ln Z [nat]", lambda w: with_error(get(f"log_z_bound_{w}_nat"), None))]
+            if get("log_z_bound_target_nat") is not None
+            else []
+        ),
         row(
             "mean potential energy [kJ/mol]",
             lambda w: with_error(get(energy[0].format(w)), get(energy[1].format(w))),
@@ -309,7 +335,7 @@ def _main_table(metrics: Metrics) -> str:
 def _comparison(metrics: Metrics) -> str:
     """Distance of the Ramachandran histogram to the reference; empty without one."""
     names = {
-        "ramachandran_kl": "KL(reference || flow) [nat]",
+        "ramachandran_kl": f"KL(reference || {noun(metrics)}) [nat]",
         "ramachandran_tv": "total variation",
         "ramachandran_excess_tv": "total variation beyond what exact samples show",
         "ramachandran_excess_tv_raw": "the same, draws unweighted",
@@ -331,10 +357,10 @@ def table(head: Sequence[str], rows: Sequence[str]) -> str:
     return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def _picture(name: str, figure: Figure | bytes) -> str:
+def _picture(name: str, figure: Figure | bytes, captions: Mapping[str, tuple[str, str]]) -> str:
     content = figure if isinstance(figure, bytes) else png(figure)
     data = base64.b64encode(content).decode("ascii")
-    title, caption = CAPTIONS.get(name, (name, ""))
+    title, caption = captions.get(name, (name, ""))
     image = f'<img alt="{escape(title)}" src="data:image/png;base64,{data}">'
     return (
         f'<figure id="{escape(name)}"><h3>{escape(title)}</h3><div class="wide">{image}</div>'

@@ -49,6 +49,27 @@ CAPTIONS = {
 }
 """Heading and caption of each figure."""
 
+GENERATOR_CAPTIONS = {
+    "ramachandran": (
+        "Ramachandran maps",
+        "Free energy over the two backbone torsions, all panels on one colour scale. The first panel is the short "
+        "dynamics that coordinates were taken from; the generator has learned from energies alone. Its draws are shown "
+        "as they come and reweighted; where these two look alike, it is good there, and the reweighted ones are what "
+        "to use. Blank cells were never visited.",
+    ),
+    "energies": (
+        "Potential energies",
+        "A generator that is not sharp enough draws energies that are too high. Reweighting brings them back; what it "
+        "costs is the effective sample size. Draws beyond the axis are named in the legend.",
+    ),
+    "training": (
+        "Training",
+        "The bound that training lowers, less ln Z, once the target is at its own temperature. Its distance from -ln Z "
+        "bounds the relative entropy of generator and molecule.",
+    ),
+}
+"""The same of a diffusion generator, where they differ."""
+
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +13,9 @@ import torch
 from . import analysis, plotting
 from .assembly import open_energy
 from .canvas import png, versions
-from .checkpoint import load_flow
+from .config import relevant
+from .edg.molecular import MolecularEDG
+from .edg_plots import bound_figure
 from .ensemble import Ensemble
 from .files import whole, write_text
 from .flow import Flow
@@ -22,6 +23,7 @@ from .report import alpha_left, alpha_left_bound, deviation, share_with_error, w
 from .rundir import Progress, Run, RunError
 from .stages import (
     ensemble_name,
+    load_model,
     sample_done,
     sample_stage,
     seconds,
@@ -32,6 +34,7 @@ from .stages import (
     train_stage,
     training_frames,
 )
+from .systems import Molecule
 from .training import History
 from .trajectories import Frames
 from .typing import Energy, Positions, Steerable
@@ -40,8 +43,8 @@ MEASURED = ("simulate", "train", "sample")
 FILES = ("metrics.json", "report.html", "energies.png")
 N_FRAME_ENERGIES = 4000
 N_STEERED = 1000
-N_BETWEEN = 20_000
-"""Draws at each temperature between those of the ensembles."""
+N_BETWEEN = {"flow": 20_000, "edg": 1_000}
+"""Draws at each temperature between those of the ensembles, of each model."""
 STEP_KELVIN = 25.0
 """Spacing of the temperatures in the figure of observables."""
 
@@ -59,10 +62,11 @@ def report_stage(run: Run, progress: Progress | None = None) -> None:
     """
     if not sample_done(run):
         raise RunError(
-            f"{run.path} has no ensembles of its flow yet: run the sample stage first (openmm-tsf sample {run.path})"
+            f"{run.path} has no ensembles of its {run.config.model} yet: run the sample stage first (openmm-tsf sample "
+            f"{run.path})"
         )
-    seed, flow = run.config.seed, load_flow(run.path / "flow.tsf")
-    molecule, frames = flow.molecule, training_frames(run, flow.molecule)
+    seed, model = run.config.seed, load_model(run)
+    molecule, frames = model.molecule, training_frames(run, model.molecule)
     ensembles = [Ensemble.load(run.path / f"{ensemble_name(t)}.npz") for t in temperatures(run)]
     target = ensembles[temperatures(run).index(run.config.sample.temperatures[0])]
     reference = analysis.reference_for(molecule)
@@ -72,15 +76,18 @@ def report_stage(run: Run, progress: Progress | None = None) -> None:
         figures = analysis.metrics(ensembles[0], target, molecule, reference=reference, seed=seed)
         figures |= _bounds(figures) | _other_targets(ensembles, target, molecule)
         report(1, 4, "observables")
-        observables = _observables(flow, energy, ensembles, seed)
+        observables = _observables(model, energy, ensembles, seed, N_BETWEEN[run.config.model])
         report(2, 4, "pictures")
         drawn = plotting.figures(
             ensembles[0], target, molecule, frames=frames.positions, reference=reference, observables=observables,
             frame_energies=_frame_energies(energy, frames), history=_history(run), seed=seed,
         )  # fmt: skip
+        if isinstance(model, MolecularEDG):
+            drawn["training"] = bound_figure({molecule.name: _bounds_of_training(run)}, note=plotting.small_print(seed))
         pictures = {name: png(figure) for name, figure in drawn.items()}
         report(3, 4, "files")
-        _write(run, figures | _account(run) | _of_flow(flow, frames, target), pictures, molecule.name)
+        own = _of_generator(model, ensembles[0], target) if isinstance(model, MolecularEDG) else _of_flow(model, target)
+        _write(run, figures | _account(run) | own | _of_frames(frames, molecule), pictures, molecule.name)
     run.update("report", done=True, key=_key(run))
 
 
@@ -140,7 +147,7 @@ def _write(run: Run, figures: dict[str, Any], pictures: dict[str, bytes], name: 
     for picture, content in pictures.items():
         with whole(run.path / f"{picture}.png") as temporary:
             temporary.write_bytes(content)
-    settings = dataclasses.asdict(run.config)
+    settings = relevant(run.config)
     seed = settings.pop("seed")
     write_report(
         run.path / "report.html", name=name, metrics=figures, figures=pictures, settings=settings,
@@ -171,18 +178,34 @@ def _account(run: Run) -> dict[str, Any]:
     }
 
 
-def _of_flow(flow: Flow, frames: Frames, target: Ensemble) -> dict[str, Any]:
-    facts: dict[str, Any] = {"n_parameters": flow.n_parameters, "n_training_frames": len(frames)}
-    facts |= {"flow_kind": flow.settings.kind, "n_momenta": flow.n_momenta, "steers": flow.settings.steers}
+def _of_frames(frames: Frames, molecule: Molecule) -> dict[str, Any]:
+    facts: dict[str, Any] = {"n_training_frames": len(frames)}
     try:
-        phi, _ = analysis.phi_psi(frames.positions, flow.molecule)
+        phi, _ = analysis.phi_psi(frames.positions, molecule)
         facts["n_phi_transitions_dynamics"] = analysis.count_transitions(phi, frames.n_walkers)
     except ValueError:  # no residue with both torsions
         facts["n_phi_transitions_dynamics"] = None
+    return facts
+
+
+def _of_flow(flow: Flow, target: Ensemble) -> dict[str, Any]:
+    facts: dict[str, Any] = {"model": "flow", "n_parameters": flow.n_parameters}
+    facts |= {"flow_kind": flow.settings.kind, "n_momenta": flow.n_momenta, "steers": flow.settings.steers}
     hot, cold = flow.training_temperature, target.temperature
     some = target.positions[:N_STEERED].to(torch.float64)
     spread = steering_spread(flow, some, hot, cold if cold != hot else 0.5 * hot)
     return facts | {"steering_spread_nat": spread if math.isfinite(spread) else None}
+
+
+def _of_generator(generator: MolecularEDG, train: Ensemble, target: Ensemble) -> dict[str, Any]:
+    low, high = generator.temperatures
+    settings, bounds = generator.settings, {"train": train.log_z_bound, "target": target.log_z_bound}
+    return {
+        "model": "edg", "n_parameters": generator.n_parameters, "n_latents": generator.edg.latent_dim,
+        "decoder": settings.decoder, "is_conditioned": settings.conditioned, "temperature_lowest_kelvin": low,
+        "temperature_highest_kelvin": high, "steers": False,
+        **{f"log_z_bound_{which}_nat": b if math.isfinite(b) else None for which, b in bounds.items()},
+    }  # fmt: skip
 
 
 def _other_targets(ensembles: Sequence[Ensemble], target: Ensemble, molecule: Any) -> dict[str, Any]:
@@ -198,13 +221,15 @@ def _other_targets(ensembles: Sequence[Ensemble], target: Ensemble, molecule: An
     return figures
 
 
-def _observables(flow: Flow, energy: Energy, ensembles: Sequence[Ensemble], seed: int) -> list[dict[str, float]] | None:
+def _observables(
+    model: Flow | MolecularEDG, energy: Energy, ensembles: Sequence[Ensemble], seed: int, most: int
+) -> list[dict[str, float]] | None:  # fmt: skip
     """Observables from the lowest to the highest temperature: of the ensembles, and of fresh draws in between."""
     own = [ensemble.temperature for ensemble in ensembles]
     steps = max(2, math.ceil((max(own) - min(own)) / STEP_KELVIN) + 1)
     between = sorted({*np.linspace(min(own), max(own), steps).round(3).tolist()} - set(own))
     try:
-        angles = [analysis.phi_psi(ensemble.positions, flow.molecule)[0] for ensemble in ensembles]
+        angles = [analysis.phi_psi(ensemble.positions, model.molecule)[0] for ensemble in ensembles]
     except ValueError:  # no residue with both torsions
         return None
     rows = [
@@ -213,8 +238,8 @@ def _observables(flow: Flow, energy: Energy, ensembles: Sequence[Ensemble], seed
         for row in analysis.observables_against_temperature(ensemble, [ensemble.temperature], phi)
     ]
     generator = torch.Generator().manual_seed(seed)
-    most = min(N_BETWEEN, *map(len, ensembles))
-    rows += analysis.flow_observables(flow, energy, between, n=most, explore=ensembles[0].explore, generator=generator)
+    most = min(most, *map(len, ensembles))
+    rows += analysis.flow_observables(model, energy, between, n=most, explore=ensembles[0].explore, generator=generator)
     return sorted(rows, key=lambda row: row["temperature"])
 
 
@@ -224,5 +249,11 @@ def _frame_energies(energy: Any, frames: Frames) -> np.ndarray:
     return energy(torch.as_tensor(frames.positions[some], dtype=torch.float64)).numpy()
 
 
-def _history(run: Run) -> list[dict[str, Any]]:
+def _history(run: Run) -> list[dict[str, Any]] | None:
+    if run.config.model != "flow":
+        return None
     return History.from_json((run.path / "history.json").read_text("utf-8")).rows
+
+
+def _bounds_of_training(run: Run) -> list[dict[str, float]]:
+    return json.loads((run.path / "history.json").read_text("utf-8"))["rows"]

@@ -22,8 +22,10 @@ STAGE_OF = {
     "molecule": "simulate",
     "simulate": "simulate",
     "zmatrix": "train",
+    "model": "train",
     "flow": "train",
     "train": "train",
+    "edg": "train",
 }
 """The first stage that a part of the configuration matters to. What is not here may change at any time."""
 SAVE_EVERY_SECONDS = 15.0
@@ -131,7 +133,8 @@ def _settle(path: Path, config: Config | None) -> Config:
     """The configuration to go on with; config.toml says it too."""
     file = path / "config.toml"
     if not file.is_file():
-        strange = [name for name in ("training.dcd", "flow.tsf", "stages.json") if (path / name).exists()]
+        made = ("training.dcd", "flow.tsf", "generator.edg", "stages.json")
+        strange = [name for name in made if (path / name).exists()]
         if strange:
             raise RunError(f"{path} has {strange[0]} but no config.toml: choose another --out folder")
         save_config(config, file)

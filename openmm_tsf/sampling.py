@@ -16,14 +16,16 @@ from . import __version__
 from .analysis import alpha_left, phi_psi
 from .architecture import cannot_explore
 from .checkpoint import flow_info, flow_path, load_flow
+from .edg.molecular import MolecularEDG
+from .edg_checkpoint import load_molecular_edg, molecular_edg_info
 from .energy import BatchedEnergy, choose_energy
 from .energy.platforms import available_platforms, n_cores
 from .energy.unsupported import UnsupportedForce
 from .ensemble import Ensemble, draw
-from .flow import FlowSettings
+from .flow import Flow, FlowSettings
 from .report import share_bound, unseen
 from .settings import EXPLORE
-from .stages import ensemble_name, save_frames
+from .stages import MODEL_FILE, ensemble_name, save_frames
 from .systems import Molecule
 from .tune_stage import tuned_temperature
 
@@ -40,11 +42,11 @@ def sample_to_file(
     """Draw an ensemble and write it; everything that can go wrong with the file is tried before the work is done.
 
     Args:
-        source: as in `flow_path`.
+        source: as in `flow_path`; or a diffusion generator, or the directory of its run.
         temperature: of the ensemble [K].
         n: number of draws.
         out: file; its ending says what is written. By default ensemble_<T>K.npz in the present folder.
-        at: temperature the flow runs at [K]; by default that of the ensemble.
+        at: temperature the model runs at [K]; by default that of the ensemble.
         explore: share of the draws spread over all basins; by default a tenth, and none where the flow cannot.
         seed: of the draws.
         tuned: the flow runs at t* times the temperature, see `tuned_temperature`.
@@ -59,8 +61,10 @@ def sample_to_file(
     """
     out = Path(f"{ensemble_name(temperature)}.npz") if out is None else out
     _check_target(out)
-    flow = load_flow(flow_path(source))
-    if explore is None:
+    flow = load_source(source)
+    if isinstance(flow, MolecularEDG):
+        explore = _of_generators(tuned, explore)
+    elif explore is None:
         explore = EXPLORE if flow.settings.explores else 0.0
         if explore == 0.0:
             warnings.warn(f"no draws explore: {cannot_explore(flow.settings)}", stacklevel=2)
@@ -80,12 +84,56 @@ def sample_to_file(
         save_frames(ensemble, flow.molecule, out, generator)
     rows = figures(ensemble, flow.molecule)
     if at is not None:
-        rows["flow run at"] = f"{at:.4g} K, weighed for {temperature:g} K" + (
-            how and f"; t* = {at / temperature:.4g} {how}"
-        )
-    if ensemble.sampling_temperature != flow.training_temperature and not flow.settings.steers:
-        rows["steering"] = steering(flow.settings)
+        rows["run at"] = f"{at:.4g} K, weighed for {temperature:g} K" + (how and f"; t* = {at / temperature:.4g} {how}")
+    if isinstance(flow, MolecularEDG):
+        bound, error = ensemble.log_z_bound, ensemble.log_z_error
+        rows["ln Z"] = f"{ensemble.log_z:.3f} ± {error:.2g} nat; lower bound {bound:.3f} nat"
+    if ensemble.sampling_temperature != flow.training_temperature and not steers(flow):
+        rows["steering"] = steering_of(flow)
     return rows | {"time": f"{seconds:.1f} s ({n / seconds:.0f} draws/s)"}, out
+
+
+def load_source(source: str) -> Flow | MolecularEDG:
+    """The flow or the diffusion generator that a path, a run directory or a pretrained name means.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none; see `flow_path`, `load_flow` and `load_molecular_edg`.
+    """
+    path = generator_path(source)
+    return load_flow(flow_path(source)) if path is None else load_molecular_edg(path)
+
+
+def generator_path(source: str) -> Path | None:
+    """The diffusion generator that a path or a run directory means; None where they mean something else."""
+    path = Path(source)
+    own = path / MODEL_FILE["edg"] if path.is_dir() else path
+    return own if own.suffix == ".edg" and own.exists() else None
+
+
+def _of_generators(tuned: bool, explore: float | None) -> float:
+    """Share of the draws of a diffusion generator that explore: none.
+
+    Raises:
+        ValueError: something is asked for that is of flows.
+    """
+    if tuned:
+        raise ValueError("--tuned is for flows; a diffusion generator runs at the temperature of --at")
+    if explore:
+        raise ValueError(f"--explore {explore:g} is for flows: a diffusion generator has no potentials of torsions")
+    return 0.0
+
+
+def steers(model: Flow | MolecularEDG) -> bool:
+    """Whether one energy serves every temperature."""
+    return isinstance(model, Flow) and model.settings.steers
+
+
+def steering_of(model: Flow | MolecularEDG) -> str:
+    """Whether a model steers, in words."""
+    if isinstance(model, MolecularEDG):
+        low, high = model.temperatures
+        return f"learned from {low:g} to {high:g} K, not exact" if model.settings.conditioned else "none"
+    return steering(model.settings)
 
 
 def steering(settings: FlowSettings) -> str:
@@ -118,13 +166,15 @@ def figures(ensemble: Ensemble, molecule: Molecule) -> dict[str, str]:
 
 def describe_flow(source: str) -> tuple[str, dict[str, str], str]:
     """Title, rows and z-matrix: what a checkpoint says about itself."""
+    if (generator := generator_path(source)) is not None:
+        return _describe_generator(generator)
     path = flow_path(source)
     facts, flow = flow_info(path), load_flow(path)
     facts["settings"] = asdict(flow.settings) | {"momenta": flow.settings.has_momenta}
     rows = {
         "molecule": facts["molecule"],
         "trained at": f"{facts['training_temperature']:g} K",
-        "steering": steering(flow.settings),
+        "steering": steering_of(flow),
         "momenta": f"{flow.n_momenta}, as many as coordinates" if flow.n_momenta else "none",
         "numbers": f"{facts['n_numbers']:,}",
         **{name: ", ".join(f"{k} {v}" for k, v in facts[name].items()) for name in ("settings", "extra", "versions")},
@@ -132,6 +182,22 @@ def describe_flow(source: str) -> tuple[str, dict[str, str], str]:
         "format": facts["format"],
     }
     return str(path), rows, f"{_energy_table(flow.molecule)}\n\ninternal coordinates\n{flow.zmatrix}"
+
+
+def _describe_generator(path: Path) -> tuple[str, dict[str, str], str]:
+    facts, generator = molecular_edg_info(path), load_molecular_edg(path)
+    low, high = generator.temperatures
+    rows = {
+        "molecule": facts["molecule"],
+        "model": "diffusion generator",
+        "trained at": f"{low:g} K" if low == high else f"{low:g} to {high:g} K",
+        "steering": steering_of(generator),
+        "numbers": f"{facts['n_numbers']:,}",
+        **{name: ", ".join(f"{k} {v}" for k, v in facts[name].items()) for name in ("settings", "extra", "versions")},
+        "sha256": facts["sha256"],
+        "format": facts["format"],
+    }
+    return str(path), rows, f"{_energy_table(generator.molecule)}\n\ninternal coordinates\n{generator.zmatrix}"
 
 
 def describe_machine() -> tuple[str, dict[str, str], str]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .architecture import cannot_explore
+from .edg.draws import FEWEST
+from .edg_settings import MolecularEDGSettings
 from .flow import FlowSettings
 from .training import TrainingSettings
 
@@ -20,6 +22,9 @@ TIMESTEP_FS = {False: 1.0, True: 2.0}
 """Default time step [fs] without and with constrained bonds."""
 EXPLORE = 0.1
 """Share of the draws that explore by default."""
+N_FRAMES = {"flow": 400_000, "edg": 4_000}
+N_DRAWS = {"flow": 100_000, "edg": 10_000}
+"""Frames of the dynamics and draws of an ensemble by default, of each model."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,8 @@ class SimulateSettings:
 
     Args:
         temperature: of the dynamics, or of the trajectory [K].
-        n_frames: frames kept, of all walkers together.
+        n_frames: frames kept, of all walkers together; by default 400,000 to train a flow, and 4,000 for a diffusion
+            generator, which takes its coordinates from them and nothing else.
         spacing_fs: time between kept frames of a walker [fs].
         n_walkers: independent trajectories; by default 128 in batches and 8 with OpenMM.
         timestep_fs: [fs]; by default 1 without and 2 with constrained bonds.
@@ -116,7 +122,7 @@ class SimulateSettings:
     """
 
     temperature: float = 600.0
-    n_frames: int = 400_000
+    n_frames: int | None = None
     spacing_fs: float = 20.0
     n_walkers: int | None = None
     timestep_fs: float | None = None
@@ -141,17 +147,18 @@ class SimulateSettings:
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """The ensembles drawn from the trained flow.
+    """The ensembles drawn from the trained model.
 
     Args:
         temperatures: targets [K]; the training temperature is always drawn besides.
-        n: valid draws at each temperature.
+        n: valid draws at each temperature; by default 100,000 of a flow, and 10,000 of a diffusion generator, whose
+            weights take an equation each.
         explore: share of the draws spread over all basins of the backbone, so that rare ones are seen often enough; by
             default a tenth, and none in kinds of flows that cannot.
     """
 
     temperatures: tuple[float, ...] = (300.0,)
-    n: int = 100_000
+    n: int | None = None
     explore: float | None = None
 
     def __post_init__(self) -> None:
@@ -167,9 +174,16 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class Config:
-    """All of a run. `seed` fixes the random numbers of every stage."""
+    """All of a run.
+
+    Args:
+        seed: fixes the random numbers of every stage.
+        model: what is trained: "flow", on frames and energies, or "edg", a diffusion generator, on energies alone.
+        edg: of model = "edg", whose settings are in this table and in neither [flow] nor [train].
+    """
 
     seed: int = 1
+    model: Literal["flow", "edg"] = "flow"
     molecule: MoleculeSettings = field(default_factory=MoleculeSettings)
     energy: EnergySettings = field(default_factory=EnergySettings)
     simulate: SimulateSettings = field(default_factory=SimulateSettings)
@@ -177,23 +191,59 @@ class Config:
     flow: FlowSettings = field(default_factory=FlowSettings)
     train: TrainingSettings = field(default_factory=TrainingSettings)
     sample: SampleSettings = field(default_factory=SampleSettings)
+    edg: MolecularEDGSettings | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed = {self.seed} must lie in 0 ... 2147483647")
+        self._settle_model()
         self.train.takes_paths(self.flow.kind, cut=self.flow.on_lines)
         self._settle_explore()
         if self.simulate.timestep_fs is None:
-            step = TIMESTEP_FS[self.molecule.constraints != "none"]
-            object.__setattr__(self, "simulate", replace(self.simulate, timestep_fs=step))
+            self._settle("simulate", timestep_fs=TIMESTEP_FS[self.molecule.constraints != "none"])
+        if self.simulate.n_frames is None:
+            self._settle("simulate", n_frames=N_FRAMES[self.model])
+        if self.sample.n is None:
+            self._settle("sample", n=N_DRAWS[self.model])
+
+    def _settle(self, table: str, **values: Any) -> None:
+        object.__setattr__(self, table, replace(getattr(self, table), **values))
+
+    def _settle_model(self) -> None:
+        if self.model == "flow":
+            if self.edg is not None:
+                raise ValueError('[edg] has no effect on model = "flow"; did you mean model = "edg"?')
+            return
+        for table, default in (("flow", FlowSettings()), ("train", TrainingSettings())):
+            if getattr(self, table) != default:
+                raise ValueError(f'[{table}] has no effect on model = "edg", whose settings are in [edg]')
+        if self.sample.n is not None and self.sample.n < FEWEST:
+            raise ValueError(f"sample.n = {self.sample.n}: fewer than {FEWEST} weights do not say what they are worth")
+        own = self.edg or MolecularEDGSettings()
+        wanted = (self.simulate.temperature, *self.sample.temperatures)
+        low, high = min(wanted), max(wanted)
+        if own.temperatures is None:
+            own = replace(own, temperatures=(low,) if low == high else (low, high))
+        elif not own.temperatures[0] <= low <= high <= own.temperatures[-1]:
+            raise ValueError(
+                f"edg.temperatures = {list(own.temperatures)} must have {low:g} and {high:g} K between them, which are "
+                "the extremes of simulate.temperature and sample.temperatures"
+            )
+        object.__setattr__(self, "edg", own)
 
     def _settle_explore(self) -> None:
-        share, possible = self.sample.explore, self.flow.explores
+        share = self.sample.explore
         if share is None:
-            settled = replace(self.sample, explore=EXPLORE if possible else 0.0)
-            object.__setattr__(self, "sample", settled)
-        elif share > 0.0 and not possible:
-            raise ValueError(f"sample.explore = {share:g}: {cannot_explore(self.flow)}; leave it out, or 0")
+            self._settle("sample", explore=EXPLORE if self.explores else 0.0)
+        elif share > 0.0 and not self.explores:
+            why = 'model = "edg" has no' if self.model == "edg" else None
+            why = f"{why} potentials of torsions to warm" if why else cannot_explore(self.flow)
+            raise ValueError(f"sample.explore = {share:g}: {why}; leave it out, or 0")
+
+    @property
+    def explores(self) -> bool:
+        """Whether draws can be spread over basins."""
+        return self.model == "flow" and self.flow.explores
 
 
 def stage_seed(seed: int, purpose: str) -> int:

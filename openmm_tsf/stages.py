@@ -16,10 +16,13 @@ import torch
 from .assembly import load_molecule, open_energy, start_flow
 from .checkpoint import load_flow, save_flow
 from .dynamics import simulate
+from .edg.molecular import MolecularEDG
+from .edg_checkpoint import load_molecular_edg
 from .energy import BatchedEnergy, OpenMMEnergy
 from .ensemble import Ensemble, draw, to_mdtraj
 from .files import whole
 from .flow import Flow
+from .generator_stage import train_generator
 from .rundir import Progress, Run, RunError
 from .settings import Config, stage_seed
 from .systems import Molecule
@@ -50,8 +53,12 @@ def simulate_done(run: Run) -> bool:
     return run.is_done("simulate", "topology.pdb", "training.dcd")
 
 
+MODEL_FILE = {"flow": "flow.tsf", "edg": "generator.edg"}
+"""What a run of each model trains."""
+
+
 def train_stage(run: Run, progress: Progress | None = None) -> None:
-    """Write flow.tsf and history.json.
+    """Write the trained model, flow.tsf or generator.edg, and history.json.
 
     Raises:
         RunError: there are no frames yet.
@@ -63,6 +70,9 @@ def train_stage(run: Run, progress: Progress | None = None) -> None:
             f"{run.path} has no training frames yet: run the simulate stage first (openmm-tsf simulate {run.path})"
         )
     config, molecule = run.config, load_molecule(run.config.molecule)
+    if config.model == "edg":
+        train_generator(run, molecule, training_frames(run, molecule), progress)
+        return
     frames = training_frames(run, molecule)
     energy = open_energy(molecule, config.energy, len(frames) + config.train.steps * config.train.batch_draws)
     with run.working("train", progress, lambda: energy.n_evaluations) as report:
@@ -75,10 +85,20 @@ def train_stage(run: Run, progress: Progress | None = None) -> None:
     (run.path / "training_state.pt").unlink(missing_ok=True)
 
 
-def check_trained(run: Run) -> None:
-    """Raises RunError where there is no trained flow yet."""
+def check_trained(run: Run, model: str | None = None) -> None:
+    """Raises RunError where nothing is trained yet, or what is trained is of another model than wanted."""
+    own = run.config.model
+    if model is not None and own != model:
+        raise RunError(f'{run.path} is a run of model = "{own}"; this needs one of model = "{model}"')
     if not train_done(run):
-        raise RunError(f"{run.path} has no trained flow yet: run the train stage first (openmm-tsf train {run.path})")
+        name = {"flow": "flow", "edg": "generator"}[own]
+        raise RunError(f"{run.path} has no trained {name} yet: run the train stage first (openmm-tsf train {run.path})")
+
+
+def load_model(run: Run) -> Flow | MolecularEDG:
+    """What the train stage made."""
+    path = run.path / MODEL_FILE[run.config.model]
+    return load_flow(path) if run.config.model == "flow" else load_molecular_edg(path)
 
 
 def file_digest(path: Path) -> str:
@@ -87,28 +107,28 @@ def file_digest(path: Path) -> str:
 
 
 def train_done(run: Run) -> bool:
-    """Whether the trained flow is there."""
-    return run.is_done("train", "flow.tsf", "history.json")
+    """Whether the trained model is there."""
+    return run.is_done("train", MODEL_FILE[run.config.model], "history.json")
 
 
 def sample_stage(run: Run, progress: Progress | None = None) -> None:
     """Write an ensemble at the training temperature and at each target, and equally likely frames of the targets.
 
     Raises:
-        RunError: there is no trained flow yet.
+        RunError: there is no trained model yet.
     """
     check_trained(run)
     missing = [t for t in temperatures(run) if not _ensemble_done(run, t)]
     if not missing:
         return
-    flow = load_flow(run.path / "flow.tsf")
-    energy = open_energy(flow.molecule, run.config.energy, run.config.sample.n)
+    model = load_model(run)
+    energy = open_energy(model.molecule, run.config.energy, run.config.sample.n)
     for temperature in missing:
-        _draw_one(run, flow, energy, temperature, progress)
+        _draw_one(run, model, energy, temperature, progress)
 
 
 def sample_done(run: Run) -> bool:
-    """Whether every ensemble is there, drawn from the present flow."""
+    """Whether every ensemble is there, drawn from the present model."""
     return train_done(run) and all(_ensemble_done(run, temperature) for temperature in temperatures(run))
 
 
@@ -173,8 +193,8 @@ def _count_steps(config: Config, n_walkers: int) -> int:
 def _ensemble_key(run: Run, temperature: float) -> str:
     """What an ensemble depends on; another key makes it anew."""
     settings = run.config.sample
-    flow = file_digest(run.path / "flow.tsf")
-    return f"{flow} {temperature:g} K n={settings.n} explore={settings.explore:g} seed={run.config.seed}"
+    model = file_digest(run.path / MODEL_FILE[run.config.model])
+    return f"{model} {temperature:g} K n={settings.n} explore={settings.explore:g} seed={run.config.seed}"
 
 
 def _ensemble_done(run: Run, temperature: float) -> bool:
@@ -184,8 +204,9 @@ def _ensemble_done(run: Run, temperature: float) -> bool:
 
 
 def _draw_one(
-    run: Run, flow: Flow, energy: BatchedEnergy | OpenMMEnergy, temperature: float, progress: Progress | None
-) -> None:
+    run: Run, model: Flow | MolecularEDG, energy: BatchedEnergy | OpenMMEnergy, temperature: float,
+    progress: Progress | None,
+) -> None:  # fmt: skip
     stage, name, n = f"sample {temperature:g} K", ensemble_name(temperature), run.config.sample.n
     generator = torch.Generator().manual_seed(stage_seed(run.config.seed, stage))
     before = energy.n_evaluations
@@ -195,12 +216,12 @@ def _draw_one(
 
     with run.working(stage, progress, lambda: energy.n_evaluations - before, resumes=False) as report:
         ensemble = draw(
-            flow, energy, temperature=temperature, n=n, generator=generator, explore=run.config.sample.explore,
+            model, energy, temperature=temperature, n=n, generator=generator, explore=run.config.sample.explore,
             progress=labelled,
         )  # fmt: skip
         ensemble.save(run.path / f"{name}.npz")
         if temperature in run.config.sample.temperatures:
-            save_frames(ensemble, flow.molecule, run.path / f"{name}.dcd", generator)
+            save_frames(ensemble, model.molecule, run.path / f"{name}.dcd", generator)
     run.update(stage, done=True, key=_ensemble_key(run, temperature))
 
 

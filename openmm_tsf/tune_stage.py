@@ -62,7 +62,7 @@ def tune_run(
         RunError: there is no trained flow yet.
         ValueError: see `tune_flow`.
     """
-    check_trained(run)
+    check_trained(run, "flow")
     path = run.path / "flow.tsf"
     flow, config = load_flow(path), run.config
     check_steers(flow)

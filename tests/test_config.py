@@ -102,7 +102,7 @@ def test_files_are_found_from_the_folder_of_the_configuration(tmp_path):
         ({"simulate": {"equilibration_ps": -1}}, ["equilibration_ps = -1", "at least 0"]),
         ({"simulate": {"temprature": 600.0}}, ["simulate.temprature", "did you mean simulate.temperature?"]),
         ({"simulation": {}}, ["simulation", "did you mean simulate?"]),
-        ({"qqq": 1}, ["qqq", "known here: seed, molecule"]),
+        ({"qqq": 1}, ["qqq", "known here: seed, model, molecule"]),
         ({"simulate": 5}, ["simulate = 5", "must be a table"]),
         ({"sample": {"temperatures": 300.0}}, ["sample.temperatures", "300.0", "a list"]),
         ({"sample": {"temperatures": [300.0, "x"]}}, ["sample.temperatures[1]", "'x'", "number"]),

@@ -1,4 +1,4 @@
-"""Logistic posteriors and molecules as targets of the diffusion generator, and the sets of data."""
+"""Logistic posteriors as targets of the diffusion generator, and the sets of data."""
 
 import math
 import sys
@@ -9,13 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from molecules import CHAIN4, butane, chain4_internals, harmonic_chain4, internals_of, random_internals, seeded
+from molecules import seeded
 from scipy.integrate import dblquad
 from torch.autograd import gradcheck, gradgradcheck
 
-from openmm_tsf.edg import datasets, logistic, molecule
-from openmm_tsf.energy import BatchedEnergy, OpenMMEnergy
-from openmm_tsf.units import kT
+from openmm_tsf.edg import datasets, logistic
 from openmm_tsf.weights import effective_sample_size
 
 # --- logistic regression ----------------------------------------------------------------------------------------------
@@ -203,128 +201,3 @@ def test_the_data_themselves(name, published):
     m = len(task.labels)
     assert abs(logistic.accuracy(p, task.labels) - published) < 3 * math.sqrt(published * (1 - published) / m)
     assert logistic.area_under_curve(p, task.labels) > 0.7
-
-
-# --- molecules --------------------------------------------------------------------------------------------------------
-
-
-def frames(n: int = 400, temperature: float = 300.0, seed: int = 6) -> np.ndarray:
-    return internals_of("chain4").forward(chain4_internals(n, temperature, seed))[0].numpy()
-
-
-def chain_target(temperature: float = 300.0, wall: float | None = None) -> molecule.MolecularTarget:
-    chain = harmonic_chain4()
-    return molecule.molecular_target(chain, BatchedEnergy(chain.system), frames(), temperature, wall=wall)
-
-
-def by_hand(q: torch.Tensor) -> torch.Tensor:
-    """U [kJ/mol] of internals of `harmonic_chain4`, without positions."""
-    away = q - internals_of("chain4").reference
-    stiff = CHAIN4["bond"] * away[:, :3].square().sum(1) + CHAIN4["angle"] * away[:, 3:5].square().sum(1)
-    return 0.5 * stiff + CHAIN4["barrier"] * (1.0 - torch.cos(q[:, 5] - CHAIN4["centre"]))
-
-
-@pytest.mark.parametrize("temperature", [300.0, 600.0])
-def test_a_molecule_is_the_energy_of_its_internals(temperature):
-    target = chain_target().at(temperature)
-    x = torch.randn(50, 6, generator=seeded(7)) * torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 6.0])
-    inside = target.chart(x)
-    assert 0 < int(inside.sum()) < len(x)  # some torsions are beyond the cut
-    u = target(x)
-    expected = by_hand(target.flat(x)) / kT(temperature) - target.width.log().sum()
-    assert torch.allclose(u[inside], expected[inside], atol=1e-8)
-    assert (u[~inside] == torch.inf).all()
-    assert (target.n_evaluations, target.n_off_chart) == (50, int((~inside).sum()))
-    assert target.share_off_chart == pytest.approx(float((~inside).double().mean()))
-    assert target(x.float()).dtype == torch.float32
-
-
-def test_coordinates_of_a_molecule_go_round():
-    target = chain_target()
-    q = chain4_internals(200, 300.0, 8)
-    where = internals_of("chain4").forward(q)[0]
-    x = target.standardised(where)
-    assert target.chart(x).all()
-    placed, inside = target.positions(x)
-    assert inside.all()
-    assert torch.allclose(torch.cdist(placed, placed), torch.cdist(where, where), atol=1e-9)
-    assert x[:, :5].std(0).sub(1.0).abs().max() < 0.25
-    off = x.clone()
-    off[0, 0] = -1e4
-    placed, inside = target.positions(off)
-    assert not inside[0]
-    assert placed[0].isnan().all()
-
-
-def test_derivatives_of_a_molecule():
-    target = chain_target()
-    x = target.standardised(internals_of("chain4").forward(chain4_internals(3, 300.0, 9))[0]).requires_grad_()
-    assert gradcheck(target, x, eps=1e-6, atol=1e-5, rtol=1e-5)
-    assert gradgradcheck(target, x, eps=1e-6, atol=1e-4, rtol=1e-4)
-    chain = harmonic_chain4()
-    slow = molecule.MolecularTarget(
-        target.internals, OpenMMEnergy(chain.system, "Reference"), 300.0, target.centre, target.width
-    )
-    assert torch.allclose(slow(x), target(x), atol=1e-6)
-    slopes = [torch.autograd.grad(t(x).sum(), x)[0] for t in (slow, target)]
-    assert torch.allclose(*slopes, atol=1e-5)
-
-
-def test_walls_lead_back():
-    target = chain_target()
-    walled = target.walled()
-    q = target.flat(torch.zeros(5, 6))
-    q[0, 0] = -0.01  # a bond that is none
-    q[1, 3] = 1.3  # an angle beyond linear
-    q[2, 5] = target.internals.centre[5] + 3.5  # a torsion beyond its cut
-    q[3] = torch.nan
-    x = ((q - target.centre) / target.width).requires_grad_()
-    assert torch.isinf(target(x)).tolist() == [True, True, True, True, False]
-    u, exact = walled(x), target(x).detach()
-    assert torch.isinf(u).tolist() == [False, False, False, True, False]
-    assert torch.allclose(u[4].detach(), exact[4])
-    (slope,) = torch.autograd.grad(u[torch.isfinite(u)].sum(), x)
-    assert slope[0, 0] < 0 < slope[1, 3]
-    torsion = float(slope[2, 5])
-    periodic = CHAIN4["barrier"] * math.sin(float(q[2, 5].detach()) - CHAIN4["centre"]) / kT(300.0)
-    beyond = 3.5 - math.pi
-    assert torsion == pytest.approx(float(target.width[5]) * (periodic + molecule.WALL * beyond), rel=1e-6)
-    assert walled.n_off_chart == 4
-    assert walled.walled(None).wall is None
-
-
-def test_walls_soften_what_is_too_high():
-    walled, target = chain_target(wall=1.0), chain_target()
-    x = torch.zeros(2, 6)
-    x[:, 0] = torch.tensor([1.0, 60.0])
-    constant = float(target.width.log().sum())
-    high, soft = target(x) + constant, walled(x) + constant
-    assert high[1] > molecule.SOFTENED + 100
-    assert torch.allclose(soft[0], high[0])
-    assert float(soft[1]) == pytest.approx(molecule.SOFTENED + math.log1p(float(high[1]) - molecule.SOFTENED), abs=1e-6)
-
-
-def test_other_isomers_have_no_energy_behind_walls():
-    internals = internals_of("butane")
-    q = random_internals(internals, 40, seeded(10), width=0.3)
-    energy = lambda x: x.square().sum((1, 2))  # noqa: E731
-    target = molecule.molecular_target(butane(), energy, internals.forward(q)[0].numpy(), 300.0)
-    x = target.standardised(internals.forward(q[:2])[0])
-    mirrored = internals.forward(q[:2])[0] * torch.tensor([1.0, 1.0, -1.0])
-    wrong = target.standardised(mirrored)
-    assert torch.isfinite(target.walled()(x)).all()
-    assert torch.isinf(target.walled()(wrong)).all()
-
-
-def test_molecules_refuse():
-    target = chain_target()
-    with pytest.raises(ValueError, match="6 internals, not"):
-        target(torch.zeros(2, 5))
-    with pytest.raises(ValueError, match="widths above 0"):
-        molecule.MolecularTarget(target.internals, target.energy, 300.0, target.centre, 0.0 * target.width)
-    with pytest.raises(ValueError, match="wall must be finite"):
-        target.walled(-1.0)
-    with pytest.raises(ValueError, match="above 0 K"):
-        target.at(0.0)
-    with pytest.raises(ValueError, match="at least 2 frames"):
-        molecule.molecular_target(harmonic_chain4(), target.energy, frames(1), 300.0)

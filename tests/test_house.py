@@ -24,15 +24,16 @@ LAYERS = {
     "wells",
     2: "systems molfiles dcd trajectories chart zmatrix internals cuts energy torsions reference",
     3: "flow tuning edg",
-    4: "constraints langevin walkers batched_walkers dynamics losses pretraining training ensemble checkpoint settings "
-    "config rundir flow_steps flow_batches records exchange ladder tempering tempering_storage exchange_settings "
+    4: "constraints langevin walkers batched_walkers dynamics losses pretraining training ensemble checkpoint "
+    "edg_checkpoint edg_settings settings config rundir flow_steps flow_batches records exchange ladder tempering "
+    "tempering_storage exchange_settings "
     "coverage refinement_record refinement wells_study latent_tuning tempered_draws flow_tuning",
     5: "analysis accuracy accuracy_table "
     "mbar multistate canvas series plotting wells_plots edg_plots tuning_plots portraits steering_study steering_plots "
     "report report_page notebook "
     "exchange_plots exchange_facts exchange_page exchange_report exchange_stage "
-    "assembly stages refine_stage flow_tuning_plots tune_stage reporting sampling console cli_base cli_flows cli "
-    "__main__",
+    "assembly generator_stage stages refine_stage flow_tuning_plots tune_stage reporting sampling console cli_base "
+    "cli_flows cli __main__",
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 THIRD_PARTY = {

@@ -1,0 +1,70 @@
+"""The train stage of a run whose model is a diffusion generator."""
+
+from __future__ import annotations
+
+import warnings
+from importlib.util import find_spec
+
+from .assembly import load_zmatrix, open_energy
+from .edg import build_edg, train_edg
+from .edg.curvature import WithCurvature
+from .edg.molecular import MolecularEDG
+from .edg.molecule import MolecularTarget, molecular_target
+from .edg_checkpoint import save_molecular_edg
+from .energy import BatchedEnergy
+from .rundir import Progress, Run
+from .settings import stage_seed
+from .systems import Molecule
+from .trajectories import Frames
+
+MOST_LOST = 0.01
+"""Share of the draws of training that may have no finite energy without a warning."""
+
+
+def train_generator(run: Run, molecule: Molecule, frames: Frames, progress: Progress | None = None) -> None:
+    """Write generator.edg and history.json: training on the energy alone.
+
+    The frames say where coordinates have their centres, how wide they are and how they are correlated, and where the
+    windows of soft torsions lie; no frame is learned from.
+
+    Raises:
+        ModuleNotFoundError: the extra "edg" is not installed; said now, since draws will need it.
+
+    Warns:
+        UserWarning: more than `MOST_LOST` of the draws have no finite energy.
+    """
+    if find_spec("torchdiffeq") is None:
+        raise ModuleNotFoundError("weights of a diffusion generator need torchdiffeq: pip install torchdiffeq")
+    config, settings = run.config, run.config.edg
+    energy = open_energy(molecule, config.energy, settings.steps * settings.batch)
+    curved = settings.decoder == "hamiltonian" and not isinstance(energy, BatchedEnergy)
+    u = WithCurvature(energy) if curved else energy
+    with run.working("train", progress, lambda: energy.n_evaluations) as report:
+        target = molecular_target(
+            molecule, u, frames.positions, config.simulate.temperature, walled=True,
+            zmatrix=load_zmatrix(molecule, config.zmatrix),
+        )  # fmt: skip
+        generator = trained(run, target, molecule, report)
+        save_molecular_edg(generator, run.path / "generator.edg", extra={"seed": config.seed})
+    run.update("train", done=True)
+    (run.path / "edg_training.pt").unlink(missing_ok=True)
+
+
+def trained(run: Run, target: MolecularTarget, molecule: Molecule, report: Progress) -> MolecularEDG:
+    """The generator of a run for a target, trained or trained on."""
+    config, settings = run.config, run.config.edg
+    network = settings.network(int(target.internals.circular.sum()))
+    edg = build_edg(target, network, seed=stage_seed(config.seed, "generator"))
+    taus = [kelvin / config.simulate.temperature for kelvin in settings.temperatures]
+    history = train_edg(
+        edg, target, settings.training, seed=stage_seed(config.seed, "train"), directory=run.path,
+        temperatures=taus, progress=report,
+    )  # fmt: skip
+    lost, all_draws = history.n_nonfinite, settings.steps * settings.batch
+    if lost > MOST_LOST * all_draws:
+        warnings.warn(
+            f"{lost} of {all_draws} draws of training ({100 * lost / all_draws:.2g} %) had an energy that is not finite"
+            " and taught nothing: the generator does not know these places; look for what is wrong with the energy",
+            stacklevel=2,
+        )
+    return MolecularEDG(edg, target, molecule, (settings.temperatures[0], settings.temperatures[-1]))
