@@ -361,6 +361,7 @@ def test_a_langevin_step_alone_leaves_a_gaussian_where_it_is():
 def test_dynamics_conserve_energy():
     """Without networks, the end of a short leapfrog trajectory has the energy of its start, to second order in h, and
     steps of sqrt(tau) times the length at temperature tau go where v sqrt(tau) goes at temperature 1."""
+    torch.manual_seed(1)  # of the velocities
     target, h = Quartic(2), 0.01
 
     class Watched(HamiltonianDecoder):

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from openmm_tsf.config import load_config
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TESTED = {
     "double_well.py",
@@ -17,6 +19,7 @@ TESTED = {
     "look.ipynb",
     "ala2.toml",
     "ala2_accurate.toml",
+    "ala2_edg.toml",
 }
 
 
@@ -50,6 +53,13 @@ def test_double_well(tmp_path):
     }
     assert excess["anharmonic"] < 0.2 < 1.0 < excess["tsf"]
     assert all((tmp_path / name).stat().st_size > 20_000 for name in ("nll.png", "marginals.png"))
+
+
+def test_the_generator_of_alanine_dipeptide_is_one():
+    """Trained on energies, at the temperature that it draws at; runs of small ones are in test_generator_stage.py."""
+    config = load_config(EXAMPLES / "ala2_edg.toml")
+    assert config.model == "edg"
+    assert config.sample.temperatures == (config.simulate.temperature,)
 
 
 def test_draw():
