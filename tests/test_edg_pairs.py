@@ -1,7 +1,7 @@
 """Generators of clusters: their symmetries, what they are made of, and ln Z of small clusters against quadrature."""
 
-import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def seeded(seed: int) -> torch.Generator:
 
 def roughened(n, size=0.02, **changes):
     """A generator with its parameters moved at random."""
-    edg = build_edg(LennardJones(n), copy.replace(SETTINGS, **changes) if changes else SETTINGS, seed=1)
+    edg = build_edg(LennardJones(n), replace(SETTINGS, **changes), seed=1)
     generator = seeded(3)
     with torch.no_grad():
         for p in edg.parameters():
