@@ -57,10 +57,11 @@ def fit_torsions(prior: MolecularPrior, torsions: Tensor, tau: Tensor, *, max_it
         torsions: (frames, n_soft) [rad].
         tau: (frames,) temperature of each frame over the training temperature.
     """
-    shares = torch.full((len(tau),), 1.0 / len(tau), dtype=torch.float64)
+    weights = torch.full((len(tau),), 1.0 / len(tau), dtype=torch.float64)
+    shares = _shares(tau, weights)
     for factor, group in zip(prior.factors, prior.groups, strict=True):
         pulls = [(factor.marginal, 1.0 / tau)]
-        _fit(factor, pulls, _means(pulls, torsions[:, group], shares), tau, shares, max_iterations)
+        _fit(factor, pulls, _means(pulls, torsions[:, group], weights), shares, max_iterations)
 
 
 def refit_torsions(prior: MolecularPrior, torsions: Tensor, tau: Tensor, weights: Tensor, *, entropies: bool) -> None:
@@ -78,17 +79,17 @@ def refit_torsions(prior: MolecularPrior, torsions: Tensor, tau: Tensor, weights
         entropies: fit them too, which takes two temperatures at least.
     """
     weights = weights.double() / weights.sum()
-    _, which, counts = tau.unique(return_inverse=True, return_counts=True)
-    shares = torch.zeros(len(counts), dtype=torch.float64).index_add(0, which, weights)
-    change = weights - (shares / counts)[which]
+    shares, change = _shares(tau, weights), weights.clone()
+    for t, share in shares.items():
+        change[tau == t] -= share / int((tau == t).sum())
     with torch.no_grad():
         log_width = weights @ prior.log_width(torsions).double()
     for factor, group in zip(prior.factors, prior.groups, strict=True):
         pulls = [(factor.marginal, 1.0 / tau), *([(factor.entropy, 1.0 - 1.0 / tau)] if entropies else [])]
         pulls = [(potential, pull) for potential, pull in pulls if potential.coefficients.numel()]
-        own = torch.autograd.grad(_log_z(factor, tau, weights), [p.coefficients for p, _ in pulls]) if pulls else []
+        own = torch.autograd.grad(_log_z(factor, shares), [p.coefficients for p, _ in pulls]) if pulls else []
         means = [a + b for a, b in zip(own, _means(pulls, torsions[:, group], change), strict=True)]
-        _fit(factor, pulls, means, tau, weights, 200)
+        _fit(factor, pulls, means, shares, 200)
     if entropies and prior.stiff is not None:
         with torch.no_grad():
             wider = weights @ prior.log_width(torsions).double() - log_width
@@ -108,15 +109,18 @@ def _means(pulls: Pulls, angles: Tensor, weights: Tensor) -> list[Tensor]:
     return means
 
 
-def _log_z(factor: TorusFactor, tau: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean of ln Z."""
-    temperatures, which = tau.unique(return_inverse=True)
-    shares = torch.zeros(len(temperatures), dtype=torch.float64).index_add(0, which, weights).tolist()
-    return sum((w * factor.log_z(float(t)) for w, t in zip(shares, temperatures, strict=True)), torch.zeros(()))
+def _shares(tau: Tensor, weights: Tensor) -> dict[float, float]:
+    """The weight of each temperature that there is."""
+    return {t: float(weights[tau == t].sum()) for t in tau.unique().tolist()}
+
+
+def _log_z(factor: TorusFactor, shares: dict[float, float]) -> Tensor:
+    """Mean of ln Z over temperatures with their shares."""
+    return sum((share * factor.log_z(t) for t, share in shares.items()), torch.zeros(()))
 
 
 def _fit(
-    factor: TorusFactor, pulls: Pulls, means: list[Tensor], tau: Tensor, weights: Tensor, max_iterations: int
+    factor: TorusFactor, pulls: Pulls, means: list[Tensor], shares: dict[float, float], max_iterations: int
 ) -> None:  # fmt: skip
     fitted = [potential.coefficients for potential, _ in pulls]
     if not any(c.numel() for c in fitted):
@@ -126,7 +130,7 @@ def _fit(
 
     def loss() -> Tensor:
         optimiser.zero_grad()
-        value = _log_z(factor, tau, weights)
+        value = _log_z(factor, shares)
         for c, mean, c0 in zip(fitted, means, start, strict=True):
             value = value - (c * mean).sum() + SHRINK * ((c - c0) ** 2).sum()
         value.backward()
