@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from molecules import perturbed, seeded
 from torch import nn
 
 from openmm_tsf.edg import (
@@ -34,19 +35,6 @@ DIFFUSION = VariancePreserving()
 def networks_start_alike():
     """Whatever tests ran before, weights that are drawn without a generator are the same."""
     torch.manual_seed(1)
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def roughened(module: nn.Module, size: float, seed: int) -> nn.Module:
-    """All parameters moved at random: a generator that is neither trained nor at its start."""
-    generator = seeded(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(size * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    return module
 
 
 # --- systems with known answers ---------------------------------------------------------------------------------------
@@ -228,7 +216,7 @@ def test_estimates_scatter_around_the_exact_bound(generator):
 @pytest.mark.parametrize("score", ["gaussian", "plain", "energy"])
 def test_antithetic_divergence_equals_the_exact_one(score, generator):
     """E[correction . eps]/sigma with both signs against derivatives, at one time and x."""
-    edg = roughened(build_edg(Quartic(), EDGSettings(score=score, hidden=16, depth=2), seed=3), 0.2, 5)
+    edg = perturbed(build_edg(Quartic(), EDGSettings(score=score, hidden=16, depth=2), seed=3), 0.2, 5)
     n, z0, x = 20_000, torch.tensor([[0.3, -0.8]]), torch.tensor([[1.1, 0.4]])
     for u in (0.1, 0.7):
         given, clock = edg.score.given(x), torch.tensor([u])
@@ -247,7 +235,7 @@ def test_antithetic_divergence_equals_the_exact_one(score, generator):
 
 def test_antithetic_noise_keeps_the_start_of_time_quiet(generator):
     """Without the second sign the correction's term has the standard deviation |correction|/sigma."""
-    edg = roughened(build_edg(Quartic(), EDGSettings(score="plain", hidden=16, depth=2), seed=3), 0.2, 5)
+    edg = perturbed(build_edg(Quartic(), EDGSettings(score="plain", hidden=16, depth=2), seed=3), 0.2, 5)
     n, clock = 4000, torch.tensor([1e-3])
     given = edg.score.given(torch.tensor([[1.1, 0.4]]).expand(n, -1))
     z0, eps = torch.zeros(n, 2), torch.randn(n, 2, generator=generator)
@@ -266,7 +254,7 @@ def test_antithetic_noise_keeps_the_start_of_time_quiet(generator):
 ], ids=lambda s: f"{s.decoder}-{s.score}")  # fmt: skip
 def test_gradients_equal_finite_differences(settings):
     """Of the bound with the same random numbers, along random directions of all parameters."""
-    edg, target = roughened(build_edg(Quartic(), settings, seed=1), 0.2, 2), Quartic()
+    edg, target = perturbed(build_edg(Quartic(), settings, seed=1), 0.2, 2), Quartic()
     parameters = [p for p in edg.parameters()]
     along = [torch.randn(p.shape, generator=seeded(4)) for p in parameters]
     tau = torch.linspace(0.5, 2.0, 16) if settings.conditioned else 1.0
@@ -294,7 +282,7 @@ def test_never_below_the_exact_divergence(seed):
     target = Gaussian(variance=0.8, mean=0.5)
     for score in ("gaussian", "plain", "energy"):
         settings = EDGSettings(score=score, hidden=8, depth=2, width=0.5)
-        edg = roughened(build_edg(target, settings, seed=seed), 0.15, seed)
+        edg = perturbed(build_edg(target, settings, seed=seed), 0.15, seed)
         sample = kl_bound(edg, target, 20_000, generator=seeded(seed))
         z = torch.linspace(-8.0, 8.0, 1001)[:, None]
         x = torch.linspace(-12.0, 12.0, 1201)[:, None]
@@ -315,7 +303,7 @@ def test_hamiltonian_decoder_is_its_definition():
     """Stage by stage from the formulas, the second half kick of every step taken by itself."""
     target, d = Quartic(3), 3
     decoder = HamiltonianDecoder(target, d, 2, leaps=2, latent_dim=4, step=0.2, hidden=8, depth=1, spread=1.5)
-    decoder = roughened(decoder.double(), 0.1, 3)
+    decoder = perturbed(decoder.double(), 0.1, 3)
     z, tau = 3.0 * torch.randn(5, 4, generator=seeded(1)), torch.linspace(0.5, 2.0, 5)
     start = decoder.start(z)
     y = 1.5 * (z[:, :3] + start[:, :3])
@@ -460,7 +448,7 @@ def test_scores_start_uninformed_and_are_what_they_say():
         parts = edg.score.parts(z, edg.score.given(x), t)
         assert torch.allclose(parts.base + parts.correction, -z)
         assert kl_bound(edg, Quartic(), 50, generator=seeded(1)).encoder == pytest.approx(0.0, abs=1e-12)
-    edg = roughened(build_edg(Quartic(), EDGSettings(score="energy", hidden=8), seed=0), 0.2, 1)
+    edg = perturbed(build_edg(Quartic(), EDGSettings(score="energy", hidden=8), seed=0), 0.2, 1)
     here = z.clone().requires_grad_()
     log_joint = edg.decoder.conditional(here).log_prob(x) - 0.5 * (here**2).sum(1)
     (exact,) = torch.autograd.grad(log_joint.sum(), here)
@@ -497,7 +485,7 @@ def test_encoder_density_of_a_linear_generator(gain, sig, as_correction):
 
 def test_latents_of_the_encoder_have_its_density(generator):
     """Both ways along the equation; and E_pE[p_D(z, x)/p_E(z|x)] = p_D(x), which a quadrature over z knows."""
-    edg = roughened(build_edg(Quartic(1), EDGSettings(hidden=8, depth=2), seed=0), 0.3, 1)
+    edg = perturbed(build_edg(Quartic(1), EDGSettings(hidden=8, depth=2), seed=0), 0.3, 1)
     x = torch.full((4000, 1), 0.4)
     drawn = encoder_ode.encoder_sample(edg, x, 1e-7, 1e-7, generator=generator)
     again = encoder_ode.encoder_paths(edg, drawn.start, x, 1e-7, 1e-7)
@@ -513,7 +501,7 @@ def test_latents_of_the_encoder_have_its_density(generator):
 
 @pytest.mark.parametrize("score", ["gaussian", "plain", "energy"])
 def test_divergences_are_those_of_autograd(score):
-    edg = roughened(build_edg(Quartic(), EDGSettings(score=score, hidden=8, latent_dim=3), seed=0), 0.3, 1)
+    edg = perturbed(build_edg(Quartic(), EDGSettings(score=score, hidden=8, latent_dim=3), seed=0), 0.3, 1)
     z, t = torch.randn(4, 3, generator=seeded(1)), torch.tensor([0.0, 0.01, 0.3, 1.0])
     given = edg.score.given(torch.randn(4, 2, generator=seeded(2)))
     with torch.no_grad():
@@ -534,7 +522,7 @@ def test_divergences_are_those_of_autograd(score):
 
 def test_densities_of_the_encoder_are_normalised():
     """By quadrature over one latent, for any score: this is what makes weights exact."""
-    edg = roughened(build_edg(Quartic(1), EDGSettings(hidden=8, depth=2), seed=0), 0.3, 1)
+    edg = perturbed(build_edg(Quartic(1), EDGSettings(hidden=8, depth=2), seed=0), 0.3, 1)
     z = torch.linspace(-12.0, 12.0, 2001)[:, None]
     log_p = encoder_log_prob(edg, z, torch.full_like(z, 0.7), rtol=1e-7, atol=1e-7)
     assert float(log_p.exp().sum() * 0.012) == pytest.approx(1.0, abs=1e-5)
@@ -544,7 +532,7 @@ def test_densities_of_the_encoder_are_normalised():
 def test_mean_weights_are_partition_functions():
     """For a generator with random weights: E w = Z at three temperatures, within errors."""
     target = Gaussian(dim=2, variance=0.8, mean=0.3)
-    edg = roughened(
+    edg = perturbed(
         build_edg(target, EDGSettings(hidden=8, depth=2, spread=0.3, width=2.8, conditioned=True), seed=0), 0.05, 1
     )
     for tau in (0.7, 1.0, 1.6):
@@ -579,7 +567,7 @@ class Holes(Gaussian):
 
 @pytest.mark.parametrize("decoder", ["gaussian", "hamiltonian"])
 def test_draws_that_are_not_finite_are_counted_and_left_out(decoder):
-    edg = roughened(build_edg(Holes(dim=2), EDGSettings(decoder=decoder, hidden=8, stages=1), seed=0), 0.1, 1)
+    edg = perturbed(build_edg(Holes(dim=2), EDGSettings(decoder=decoder, hidden=8, stages=1), seed=0), 0.1, 1)
     sample = kl_bound(edg, Holes(dim=2), 400, generator=seeded(1))
     assert 50 < sample.n_nonfinite < 300
     assert math.isfinite(sample.value)
@@ -621,7 +609,7 @@ def test_errors_that_say_what_is_wrong(monkeypatch):
 
 
 def test_an_equation_that_does_not_converge():
-    edg = roughened(build_edg(Quartic(), EDGSettings(score="plain", hidden=16), seed=0), 0.5, 1)
+    edg = perturbed(build_edg(Quartic(), EDGSettings(score="plain", hidden=16), seed=0), 0.5, 1)
     x, z = edg.at().sample(50, generator=seeded(1))
     with pytest.raises(RuntimeError, match=r"rtol = 1e-09.*after \d+ evaluations.*loosen"):
         encoder_ode.encoder_paths(edg, z, x, 1e-9, 1e-9, most_evaluations=30)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from molecules import perturbed, seeded
 from torch import nn
 
 from openmm_tsf.edg import EDGSettings, EDGTrainingSettings, build_edg, draw, encoder_log_prob, kl_bound, train_edg
@@ -15,18 +16,6 @@ from openmm_tsf.tuning.ising import square_lattice
 
 LATTICE = (4, 3)
 N = 12
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def roughened(module: nn.Module, size: float, seed: int) -> nn.Module:
-    generator = seeded(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(size * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    return module
 
 
 class Flat:
@@ -57,7 +46,7 @@ class Coupled:
 
 def generator_of(score="gaussian", size=0.2, hidden=5):
     settings = EDGSettings(lattice=LATTICE, score=score, hidden=hidden, depth=2, width=0.7, spread=1.3)
-    return roughened(build_edg(Flat(), settings, seed=1), size, 2)
+    return perturbed(build_edg(Flat(), settings, seed=1), size, 2)
 
 
 def exact_generator(target):
@@ -232,7 +221,7 @@ def test_a_chain_is_exact_for_a_gaussian_encoder(steps):
 def test_a_chain_is_normalised_for_any_score(steps, generator):
     """R averages to a density of z_0: E over z_0 ~ N(0, 2) of R/N(z_0; 0, 2) is 1."""
     settings = EDGSettings(hidden=8, depth=2)
-    edg = roughened(build_edg(RelaxedIsing(3, 2.5), settings, seed=0), 0.15, 1)
+    edg = perturbed(build_edg(RelaxedIsing(3, 2.5), settings, seed=0), 0.15, 1)
     x = torch.full((20_000, 9), 0.7)
     z = math.sqrt(2.0) * torch.randn(20_000, 9, generator=generator)
     log_p = (-0.25 * z.square() - 0.5 * math.log(4.0 * math.pi)).sum(1)
@@ -243,7 +232,7 @@ def test_a_chain_is_normalised_for_any_score(steps, generator):
 
 def test_paths_of_a_chain_both_ways(generator):
     """Paths drawn from z_K have the ratio that paths from z_0 have: E[q/p] over p of anything is its mean over q."""
-    edg = roughened(build_edg(RelaxedIsing(3, 2.5), EDGSettings(hidden=8, depth=2, latent_dim=1), seed=0), 0.15, 1)
+    edg = perturbed(build_edg(RelaxedIsing(3, 2.5), EDGSettings(hidden=8, depth=2, latent_dim=1), seed=0), 0.15, 1)
     x = torch.full((40_000, 9), 0.7)
     drawn = chain_sample(edg, x, 5, generator=generator)
     log_normal = -0.5 * drawn.start[:, 0].square() - 0.5 * math.log(2.0 * math.pi)
@@ -258,7 +247,7 @@ def test_a_chain_of_many_steps_gives_the_bound(generator):
     """E ln w of a chain tends to what `kl_bound` estimates, and lies below that of the equation."""
     target = RelaxedIsing(3, 2.5, whitened=True)
     settings = EDGSettings(lattice=(3, 3), hidden=4, depth=2, width=0.9)
-    edg = roughened(build_edg(target, settings, seed=0), 0.1, 1)
+    edg = perturbed(build_edg(target, settings, seed=0), 0.1, 1)
     bound = kl_bound(edg, target, 10_000, generator=generator)
     far, near = (draw(edg, target, n=1500, steps=steps, generator=seeded(1)) for steps in (1, 40))
     error = math.hypot(bound.error, float(near.log_weights.std()) / math.sqrt(1500))
@@ -274,7 +263,7 @@ def test_a_chain_of_many_steps_gives_the_bound(generator):
 
 def test_weights_by_a_chain_have_the_mean_z():
     target = Coupled()
-    edg = roughened(exact_generator(target), 0.03, 1)
+    edg = perturbed(exact_generator(target), 0.03, 1)
     for companions in (0, 2):
         drawn = draw(edg, target, n=3000, steps=3, companions=companions, generator=seeded(4))
         assert abs(drawn.log_z - target.log_z) < 4.0 * drawn.log_z_error < 0.2

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from molecules import perturbed, seeded
 
 from openmm_tsf.edg import EDGSettings, EDGTrainingSettings, build_edg, draw, encoder_log_prob, kl_bound, train_edg
 from openmm_tsf.edg.lennard_jones import LennardJones, relative_basis
@@ -14,18 +15,9 @@ from openmm_tsf.edg.pairs import BLUR, Pairs, unit_vectors
 SETTINGS = EDGSettings(decoder="pairs", score="pairs", stages=2, spread=0.9, width=0.05)
 
 
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def roughened(n, size=0.02, **changes):
     """A generator with its parameters moved at random."""
-    edg = build_edg(LennardJones(n), replace(SETTINGS, **changes), seed=1)
-    generator = seeded(3)
-    with torch.no_grad():
-        for p in edg.parameters():
-            p.add_(size * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    return edg
+    return perturbed(build_edg(LennardJones(n), replace(SETTINGS, **changes), seed=1), size, 3)
 
 
 def moved(cluster, y, matrix, order):

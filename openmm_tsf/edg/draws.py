@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
 
 import torch
 
@@ -127,22 +126,20 @@ def draw(
     if companions < 0:
         raise ValueError(f"the number of companions cannot be negative, got {companions}")
     check_target(edg, target)
+    if steps is None:
+        paths, sample = (partial(f, rtol=rtol, atol=atol) for f in (encoder_paths, encoder_sample))
+    else:
+        paths, sample = partial(chain_paths, steps=steps, generator=generator), partial(chain_sample, steps=steps)
     density = edg.at(tau)
     parts, evaluations = [], 0.0
     for start in range(0, n, chunk):
         taus = density.taus(min(chunk, n - start))
         conditional, x, z = density.decoded(len(taus), generator=generator)
-        if steps is None:
-            solver: dict[str, Any] = {"rtol": rtol, "atol": atol, "tau": taus}
-            own = encoder_paths(edg, z, x, **solver)
-        else:
-            solver = {"steps": steps, "tau": taus}
-            own = chain_paths(edg, z, x, generator=generator, **solver)
+        own = paths(edg, z, x, tau=taus)
         ratios = [log_normal(z) + conditional.log_prob(x) - own.log_prob]
         evaluations += own.n_function_evaluations * len(x) / n
         for _ in range(companions):
-            sample = encoder_sample if steps is None else chain_sample
-            other = sample(edg, x, generator=generator, **solver)
+            other = sample(edg, x, tau=taus, generator=generator)
             log_joint = log_normal(other.start) + edg.decoder.conditional(other.start, taus).log_prob(x)
             ratios.append(log_joint - other.log_prob)
             evaluations += other.n_function_evaluations * len(x) / n
