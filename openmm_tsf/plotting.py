@@ -66,30 +66,37 @@ def figures(
     reference: Reference | None = None,
     history: Sequence[Mapping[str, Any]] | None = None,
     observables: Sequence[Mapping[str, float]] | None = None,
+    model: str = "Flow",
     seed: int = 0,
 ) -> dict[str, Figure]:
     """Every figure of a run that can be drawn, by name: ramachandran, phi, energies, training, observables.
 
     Args:
-        train: draws weighed at the training temperature; `target`: draws weighed at the temperature wanted.
+        train: draws weighed at the training temperature; `target`: draws weighed at the temperature wanted. Where both
+            are the same ensemble, it is shown once.
         topology: as in `analysis.backbone`; without phi and psi the maps and marginals are left out.
         frames: (N, A, 3) [nm] of the dynamics at the training temperature.
         frame_energies: (M,) [kJ/mol] of any sample of these frames.
         reference: shown where it has the temperatures.
         history: rows of training; `observables`: rows of `analysis.observables_against_temperature`.
+        model: name of what drew them.
         seed: of the draws, for the small print.
     """
     note = small_print(seed)
-    series: list[Series] = [*of_ensemble(train, topology), *of_ensemble(target, topology)]
+    ensembles = [train] if target is train else [train, target]
+    exact = [of_reference(reference, ensemble.temperature) for ensemble in ensembles]
+    groups: list[list[Series]] = [
+        [*of_ensemble(ensemble, topology, name=model), *([known] if known else [])]
+        for ensemble, known in zip(ensembles, exact, strict=True)
+    ]
+    raw, cold = groups[0][0], groups[-1]
     data = [] if frames is None else [of_frames(frames, train.temperature, topology, frame_energies)]
-    exact = [of_reference(reference, ensemble.temperature) for ensemble in (train, target)]
-    hot = [*data, *series[:2], *(x for x in exact[:1] if x)]
-    cold = [*series[2:], *(x for x in exact[1:] if x)]
+    groups[0] = data + groups[0]
     drawn: dict[str, Figure] = {}
-    if series[0].ramachandran is not None:
-        drawn["ramachandran"] = ramachandran([*data, series[0], *cold], note=note)
-        drawn["phi"] = phi_marginals([hot, cold], note=note)
-    drawn["energies"] = energies([hot, cold], note=note)
+    if raw.ramachandran is not None:
+        drawn["ramachandran"] = ramachandran([*data, *([] if target is train else [raw]), *cold], note=note)
+        drawn["phi"] = phi_marginals(groups, note=note)
+    drawn["energies"] = energies(groups, note=note)
     if history:
         drawn["training"] = training_curves(history, note=note)
     if observables:

@@ -81,6 +81,7 @@ def report_stage(run: Run, progress: Progress | None = None) -> None:
         drawn = plotting.figures(
             ensembles[0], target, molecule, frames=frames.positions, reference=reference, observables=observables,
             frame_energies=_frame_energies(energy, frames), history=_history(run), seed=seed,
+            model="Generator" if isinstance(model, MolecularEDG) else "Flow",
         )  # fmt: skip
         if isinstance(model, MolecularEDG):
             drawn["training"] = bound_figure({molecule.name: _bounds_of_training(run)}, note=plotting.small_print(seed))

@@ -78,22 +78,25 @@ def energy_edges(energy: np.ndarray, weights: np.ndarray | None = None) -> np.nd
     return np.linspace(mean - 4.0 * width, mean + 5.0 * width, ENERGY_BINS + 1)
 
 
-def of_ensemble(ensemble: Ensemble, topology: Any, edges: np.ndarray | None = None) -> tuple[Series, Series]:
+def of_ensemble(
+    ensemble: Ensemble, topology: Any, edges: np.ndarray | None = None, *, name: str = "Flow"
+) -> tuple[Series, Series]:
     """An ensemble as it was drawn, and reweighted to its temperature.
 
     Args:
         ensemble: the draws.
         topology: as in `analysis.backbone`.
         edges: of the energy histogram [kJ/mol]; by default around the reweighted mean.
+        name: of what drew it.
     """
     weights, energy = normalised_weights(ensemble.log_weights).numpy(), ensemble.energy.numpy()
     edges = energy_edges(energy, weights) if edges is None else edges
     angles = _angles(ensemble.positions, topology)
     common = (len(ensemble), angles, energy, edges)
-    drawn = f"Flow, {100 * ensemble.explore:g} % exploring" if ensemble.explore else "Flow, as drawn"
+    drawn = f"{name}, {100 * ensemble.explore:g} % exploring" if ensemble.explore else f"{name}, as drawn"
     return (
         _series("raw", drawn, ensemble.sampling_temperature, None, *common, None),
-        _series("reweighted", "Flow, reweighted", ensemble.temperature, ensemble.ess, *common, weights),
+        _series("reweighted", f"{name}, reweighted", ensemble.temperature, ensemble.ess, *common, weights),
     )
 
 

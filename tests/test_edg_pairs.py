@@ -111,17 +111,27 @@ def test_the_bound_of_three_particles_is_one():
     assert -3.0 * bound.error < bound.value + exact_log_z(3) < 1.5
 
 
-def exact_log_z(n):
+def test_weights_of_three_particles_have_the_exact_mean():
+    """Of networks that were never trained, on a cluster twenty times as hot in a trap as much stiffer."""
+    cluster = LennardJones(3, temperature=20.0, trap=20.0)
+    edg = roughened(3, 0.01, spread=0.95, width=0.3)
+    drawn = draw(edg, cluster, n=4000, generator=seeded(1), rtol=1e-3, atol=1e-3)
+    assert abs(drawn.log_z - exact_log_z(3, 20.0)) < 4.0 * drawn.log_z_error < 0.1
+    chain = draw(edg, cluster, n=4000, generator=seeded(2), steps=20)
+    assert abs(chain.log_z - exact_log_z(3, 20.0)) < 4.0 * chain.log_z_error < 0.2
+
+
+def exact_log_z(n, tau=1.0):
     """ln of the integral of exp(-u) over relative coordinates: over the distance of two particles, or over two
-    distances of three and the angle between them."""
+    distances of three and the angle between them. Temperature and trap are both tau."""
     r = torch.linspace(0.5, 8.0, 120 if n == 3 else 4001)
-    pair = r**-12 - 2.0 * r**-6
+    pair = (r**-12 - 2.0 * r**-6) / tau
     if n == 2:  # y = (x_1 - x_2)/sqrt 2
         return math.log(float(torch.trapezoid(4.0 * math.pi * r**2 * torch.exp(-pair - r**2 / 4.0), r)) / 2.0**1.5)
     c, weight = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(100))
     a, b = r[:, None, None], r[None, :, None]
     third = (a**2 + b**2 - 2.0 * a * b * c).clamp_min(1e-6).sqrt()
-    u = pair[:, None, None] + pair[None, :, None] + third**-12 - 2.0 * third**-6
+    u = pair[:, None, None] + pair[None, :, None] + (third**-12 - 2.0 * third**-6) / tau
     u = u + (a**2 + b**2 + third**2) / 6.0  # sum |x_i - c|^2 = sum of squared distances/3
     inner = (torch.exp(-u) * weight).sum(2) * r[:, None] ** 2 * r[None, :] ** 2
     integral = torch.trapezoid(torch.trapezoid(inner, r), r) * 8.0 * math.pi**2

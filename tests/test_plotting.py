@@ -133,6 +133,16 @@ def test_ramachandran_panels_show_the_histograms_on_one_scale(ensembles, drawn):
     assert f"n = 2\u2009000, ESS {100 * target.ess:.1f} %" in text
 
 
+def test_one_ensemble_is_shown_once(ensembles):
+    """Where the target's temperature is that of training, as of a generator trained there alone."""
+    molecule, train, _target = ensembles
+    drawn = plotting.figures(train, train, molecule, model="Generator")
+    titles = [axis.get_title(loc="left") for axis in drawn["ramachandran"].axes if axis.images]
+    assert titles == ["Generator, as drawn, 600 K", "Generator, reweighted, 600 K"]
+    assert [len(drawn[name].axes) for name in ("phi", "energies")] == [1, 1]
+    assert [words for name in drawn for words in misplaced(drawn[name])] == []
+
+
 def test_phi_runs_along_the_horizontal_axis(ensembles):
     molecule, *_ = ensembles
     one = posed_ensemble(molecule, 500, 300.0, seed=5, left=0.3)  # alpha_L only: phi > 0, psi > 0; all else phi < 0
