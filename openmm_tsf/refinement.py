@@ -53,8 +53,8 @@ class RefinementSettings:
 
     Attributes:
         n: draws of each round; the more, the smaller the error of the ESS that decides when to stop.
-        also: other temperatures [K] that have a say: energies of training are taken there too, and n draws there tell
-            energies of conformations from entropies in the end, see `fit_shares`.
+        also: other temperatures [K], of n draws each that tell energies of conformations from entropies in the end,
+            see `fit_shares`. Rounds train at the target alone: energies elsewhere make it worse there.
         rounds: at most.
         explore: share of the draws, before the first round, that are spread over all basins; see `Coverage`. None in
             kinds of flows that cannot: basins that these hardly draw go unwatched.
@@ -201,7 +201,7 @@ class _Refiner:
 
         if not path.exists():
             flow = copy.deepcopy(self.best).requires_grad_(True)  # it may come frozen, for drawing
-            training = replace(self.settings.training, energies_at=(self.temperature, *self.settings.also))
+            training = replace(self.settings.training, energies_at=(self.temperature,))
             frames = joint_frames(self.buffers, self._generator(f"frames {number}"))
             train(
                 flow, frames, self.energy, training, directory=folder, progress=report,

@@ -158,12 +158,20 @@ def test_a_potential_is_rescaled():
     assert torch.allclose(potentials(v), stretched, atol=1e-12)
 
 
-def test_refinement_may_look_elsewhere_too(poor, tmp_path):
-    energy, steep = Counted(), 1.5 * COLD
+def test_refinement_may_look_elsewhere_too(poor, tmp_path, monkeypatch):
+    """In the fit alone: energies of training are those of the target."""
+    energy, steep, at, unwatched = Counted(), 1.5 * COLD, [], refinement.train
+
+    def watched(flow, frames, energy, settings, **options):
+        at.append(settings.energies_at)
+        return unwatched(flow, frames, energy, settings, **options)
+
+    monkeypatch.setattr(refinement, "train", watched)
     done = refine(poor, energy, COLD, few(also=(steep,), rounds=1), directory=tmp_path, seed=1)
     names = sorted(path.name for path in tmp_path.glob("*.npz"))
     assert [name for name in names if name.startswith("also")] == ["also_450K.npz"]
     assert Ensemble.load(tmp_path / "also_450K.npz").temperature == steep
+    assert at == [(COLD,)]
     assert done.after.ess > done.before.ess
     assert done.n_energy_evaluations <= energy.n <= done.n_energy_evaluations + 600
     with pytest.raises(ValueError, match="above 0 K"):
