@@ -40,7 +40,7 @@ def flow_of(quality: str) -> Flow:
         frames = Frames(frames_of("ala2", 1000), np.full(1000, 600.0))
         return build_flow(alanine_dipeptide(), frames, FlowSettings(blocks=1, hidden=8), generator=seeded(1))
     flow = pretrained("ala2").requires_grad_(False)
-    return perturbed(flow, 0.015) if quality == "wrong" else flow
+    return perturbed(flow, 0.0125) if quality == "wrong" else flow
 
 
 @cache
