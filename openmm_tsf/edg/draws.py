@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -18,6 +19,8 @@ from openmm_tsf.typing import Scalars, Vectors
 
 FEWEST = 100
 """Draws below which an effective sample size means nothing: the large weights are still to come."""
+FEWEST_EFFECTIVE = 20
+"""Effective draws below which the same is said of estimates."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -120,6 +123,9 @@ def draw(
     Raises:
         ValueError: too few draws for weights to mean anything, a target of another dimension, or no steps.
         RuntimeError: the solver does not converge, or no draw has a finite energy.
+
+    Warns:
+        UserWarning: the draws are worth fewer than `FEWEST_EFFECTIVE`.
     """
     if n < FEWEST:
         raise ValueError(f"the weights of {n} draws say nothing of the effective sample size; draw at least {FEWEST}")
@@ -149,7 +155,7 @@ def draw(
     finite = torch.isfinite(energy)
     if not finite.any():
         raise RuntimeError(f"none of {n} draws has a finite energy")
-    return EDGDraws(
+    draws = EDGDraws(
         x=x,
         energy=torch.where(finite, energy, torch.inf),
         log_density=log_density,
@@ -161,6 +167,13 @@ def draw(
         tolerance=(rtol, atol) if steps is None else None,
         n_nonfinite=int((~finite).sum()),
     )
+    if draws.ess * n < FEWEST_EFFECTIVE:
+        warnings.warn(
+            f"{n} draws are worth {draws.ess * n:.1f}, the heaviest carries {100.0 * draws.largest_weight_share:.0f} % "
+            "of all weight: ln Z is probably too low and its error too small; train longer, or draw more",
+            stacklevel=3,  # past the decorator
+        )
+    return draws
 
 
 def log_normal(z: Latents) -> Scalars:
