@@ -104,7 +104,7 @@ def plane(name: str) -> Case:
     target = density_2d(name)
     return Case(
         name, "2d", target, scale=3.0 if name == "Ring" else 5.0, evaluations=2_000_000, n=10_000, log_z=target.log_z(),
-        dynamics={"stages": 3, "batch": 128}, rivals={"tsf": {"hot": 20.0}},
+        dynamics={"stages": 3, "batch": 64}, rivals={"tsf": {"hot": 20.0}},
     )  # fmt: skip
 
 
