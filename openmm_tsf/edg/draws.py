@@ -113,7 +113,8 @@ def draw(
         target: U at temperature 1.
         tau: temperature, as a multiple of that of training.
         n: draws, each costing one energy besides what the decoder takes.
-        companions: latents beside its own that each draw is weighed with; see `EDGDraws`.
+        companions: latents beside its own that each draw is weighed with; see `EDGDraws`. Where the encoder puts a share
+            of its latents on the other side of a sharp border of the decoder, that share of Z is missed without them.
         generator: of the draws.
         rtol, atol: tolerances of the encoder's density; see `encoder_ode.encoder_paths`.
         steps: weigh by a chain of so many steps instead: weights have the same mean, and scatter a little more, but
