@@ -553,6 +553,34 @@ def test_mean_weights_are_partition_functions():
         assert drawn.log_z_bound < more.log_z_bound < log_z
 
 
+class Border(LinearDecoder):
+    """x = 9 on one side of z = 0, -9 on the other, and noise."""
+
+    def conditional(self, z, tau=None):
+        return Conditional(9.0 * torch.sign(z), torch.zeros_like(z))
+
+
+class Halves:
+    """Both halves of what `Border` draws, Z = 1."""
+
+    dim = 1
+
+    def __call__(self, x):
+        half = 0.5 * math.log(2.0 * math.pi) + math.log(2.0)
+        return half - torch.logaddexp(-0.5 * (x[:, 0] - 9.0) ** 2, -0.5 * (x[:, 0] + 9.0) ** 2)
+
+
+@pytest.mark.parametrize("companions", [0, 1, 4])
+def test_companions_give_back_what_lies_beyond_a_border(companions):
+    """An encoder that knows nothing of x puts half of its latents where the decoder leads elsewhere. Their weights never
+    come: the others' mean is 1 - 2^-(k + 1) of Z, and without companions they are equal, with no error to show."""
+    edg = EDG(Border(0.0, 1.0), ExactScore(0.0, 1.0, as_correction=False), DIFFUSION)
+    drawn = draw(edg, Halves(), n=4000, companions=companions, generator=seeded(1))
+    share = 1.0 - 0.5 ** (companions + 1)
+    assert abs(drawn.log_z - math.log(share)) < 4.0 * drawn.log_z_error + 1e-4 < 0.05
+    assert (drawn.ess > 0.999999) == (companions == 0)
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 

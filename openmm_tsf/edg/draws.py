@@ -89,7 +89,7 @@ class EDGDraws:
     @property
     def log_z_error(self) -> float:
         """Standard error of `log_z` [nat]: the relative one of the mean weight, sqrt((1/ESS - 1)/n)."""
-        return math.sqrt((1.0 / self.ess - 1.0) / len(self)) if self.ess > 0 else math.inf
+        return math.sqrt(max(1.0 / self.ess - 1.0, 0.0) / len(self)) if self.ess > 0 else math.inf
 
     @cached_property
     def log_z_bound(self) -> float:
