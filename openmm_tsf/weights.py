@@ -56,7 +56,7 @@ def effective_sample_size(log_weights: LogWeights, n_rejected: int = 0) -> float
     if log_w.max() == -math.inf:
         return 0.0
     w = torch.exp(log_w - log_w.max())
-    return float(w.sum().square() / w.square().sum()) / (len(w) + n_rejected)
+    return min(1.0, float(w.sum().square() / w.square().sum()) / (len(w) + n_rejected))  # rounding may exceed it
 
 
 def largest_weight_share(log_weights: LogWeights) -> float:

@@ -572,8 +572,8 @@ class Halves:
 
 @pytest.mark.parametrize("companions", [0, 1, 4])
 def test_companions_give_back_what_lies_beyond_a_border(companions):
-    """An encoder that knows nothing of x puts half of its latents where the decoder leads elsewhere. Their weights never
-    come: the others' mean is 1 - 2^-(k + 1) of Z, and without companions they are equal, with no error to show."""
+    """An encoder that knows nothing of x puts half of its latents where the decoder leads elsewhere. Weights of these
+    never come: the others' mean is 1 - 2^-(k + 1) of Z, and without companions they are equal, of no error."""
     edg = EDG(Border(0.0, 1.0), ExactScore(0.0, 1.0, as_correction=False), DIFFUSION)
     drawn = draw(edg, Halves(), n=4000, companions=companions, generator=seeded(1))
     share = 1.0 - 0.5 ** (companions + 1)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from molecules import seeded
 
 from openmm_tsf import weights
 
@@ -34,6 +35,8 @@ def test_ess_is_kish_whatever_the_constant(shift):
 
 def test_equal_weights_are_all_effective_but_for_the_rejected():
     assert weights.effective_sample_size(torch.zeros(7)) == pytest.approx(1.0)
+    nearly = 1e-15 * torch.randn(2000, 50, generator=seeded(1))
+    assert max(weights.effective_sample_size(log_w) for log_w in nearly) <= 1.0  # rounding is no reason for more
     assert weights.effective_sample_size(torch.zeros(6), n_rejected=2) == pytest.approx(0.75)
 
 

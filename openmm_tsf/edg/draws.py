@@ -89,7 +89,7 @@ class EDGDraws:
     @property
     def log_z_error(self) -> float:
         """Standard error of `log_z` [nat]: the relative one of the mean weight, sqrt((1/ESS - 1)/n)."""
-        return math.sqrt(max(1.0 / self.ess - 1.0, 0.0) / len(self)) if self.ess > 0 else math.inf
+        return math.sqrt((1.0 / self.ess - 1.0) / len(self)) if self.ess > 0 else math.inf
 
     @cached_property
     def log_z_bound(self) -> float:
@@ -113,7 +113,7 @@ def draw(
         target: U at temperature 1.
         tau: temperature, as a multiple of that of training.
         n: draws, each costing one energy besides what the decoder takes.
-        companions: latents beside its own that each draw is weighed with; see `EDGDraws`. Where the encoder puts a share
+        companions: latents beside its own that each draw is weighed with; see `EDGDraws`. Where the encoder puts some
             of its latents on the other side of a sharp border of the decoder, that share of Z is missed without them.
         generator: of the draws.
         rtol, atol: tolerances of the encoder's density; see `encoder_ode.encoder_paths`.
