@@ -149,8 +149,8 @@ def cluster(n: int) -> Case:
     return Case(
         f"LJ{n}", "lj", target, training=target.softened(), scale=0.7 if n < 20 else 1.1, evaluations=CLUSTERS[n],
         n=10_000 if n < 20 else 1_000, network={"hidden": 256}, dynamics={"stages": 5, "batch": 256, "step": 0.01},
-        pairs={"spread": 0.9, "width": 0.03, "stages": 5, "batch": 128}, most_steps=3_000,
-        steps={"anneal_from": 0.3, "anneal_share": 0.3},
+        pairs={"spread": 0.9, "width": 0.03, "stages": 5, "batch": 128}, most_steps=5_000,
+        steps={"anneal_from": 0.3, "anneal_share": 0.2, "learning_rate": 1.5e-3, "soften_above": 200.0},
     )  # fmt: skip
 
 
