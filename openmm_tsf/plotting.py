@@ -288,7 +288,8 @@ def _temperatures(group: Sequence[Series]) -> str:
 def _floor(axis: Axes, histograms: Sequence[Histogram]) -> None:
     smallest = min(float(values.density[values.density > 0].min()) for values in histograms)
     largest = max(float(values.density.max()) for values in histograms)
-    axis.set_ylim(max(smallest / 2, largest * 1e-7), largest * 30)  # room above for the legend
+    lowest = max(smallest / 2, largest * 1e-7)
+    axis.set_ylim(lowest, largest * max(30.0, (largest / lowest) ** 0.45))  # room for the legend, a third of the axis
 
 
 def _column(history: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
