@@ -139,7 +139,7 @@ class _Refiner:
             if stopped is not None:
                 break
         else:
-            stopped = f"{n_rounds} rounds were done, and no more were asked for"
+            stopped = f"no more than {n_rounds} round{'s' * (n_rounds > 1)} had been asked for"
         progress(n_steps, n_steps, "fitting shares")
         fitted = self._fitted(coverage)
         progress(n_steps, n_steps, stopped)
