@@ -130,8 +130,8 @@ class Ensemble:
 
     @property
     def log_z_error(self) -> float:
-        """Standard error of `log_z` [nat]: the relative one of the mean weight, sqrt((1/ESS - 1)/n)."""
-        return math.sqrt((1.0 / self.ess - 1.0) / (len(self) + self.n_rejected)) if self.ess > 0 else math.inf
+        """Standard error of `log_z` [nat]; see `weights.log_mean_exp_error`."""
+        return weights.log_mean_exp_error(self.ess, len(self) + self.n_rejected)
 
     def reweighted(self, temperature: Any) -> Ensemble:
         """The same draws weighed for another target temperature [K]."""

@@ -41,7 +41,7 @@ class QuarticPotentials(nn.Module):
     def polynomials(self) -> Tensor:
         """Coefficients (4, n) of v, v^2, v^3 and v^4."""
         c1, c2, c3 = self.coefficients
-        return torch.stack((c1, 0.5 + c2, c3, softplus(self.quartic) + 0.75 * c3**2 / (1.0 + 2.0 * c2.abs())))
+        return torch.stack((c1, 0.5 + c2, c3, softplus(self.quartic) + _least_quartic(c2, c3)))
 
     def forward(self, v: Vectors) -> Tensor:
         """e_i of coordinates (batch, n): (batch, n)."""
@@ -52,8 +52,8 @@ class QuarticPotentials(nn.Module):
         """Make e_i(factor v) of e_i(v), in place, for a factor near 1."""
         c1, c2, c3, c4 = self.polynomials() * factor ** torch.arange(1, 5).to(self.quartic)[:, None]
         self.coefficients.copy_(torch.stack((c1, c2 - 0.5, c3)))
-        least = (c4 - 0.75 * c3**2 / (1.0 + 2.0 * (c2 - 0.5).abs())).clamp_min(1e-6)
-        self.quartic.copy_(torch.log(torch.expm1(least)))
+        above = (c4 - _least_quartic(c2 - 0.5, c3)).clamp_min(1e-6)
+        self.quartic.copy_(torch.log(torch.expm1(above)))
 
     def derivatives(self, v: Vectors) -> tuple[Tensor, Tensor]:
         """First and second derivatives of e_i by its coordinate, each (batch, n)."""
@@ -100,6 +100,11 @@ class QuarticPotentials(nn.Module):
         widest = torch.where(shallow, probes, 0.0).amax(0) / SHRINK
         ends = torch.linspace(-1.0, 1.0, CELLS + 1, dtype=reach.dtype, device=reach.device)[:, None]
         return ends * torch.maximum(widest, probes[-1])
+
+
+def _least_quartic(c2: Tensor, c3: Tensor) -> Tensor:
+    """What the coefficient of v^4 exceeds, by those of v^2, beyond a half, and of v^3."""
+    return 0.75 * c3**2 / (1.0 + 2.0 * c2.abs())
 
 
 def _evaluate(polynomials: Tensor, v: Tensor) -> Tensor:

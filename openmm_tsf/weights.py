@@ -71,6 +71,11 @@ def log_mean_exp(log_weights: LogWeights, n_rejected: int = 0) -> float:
     return float(torch.logsumexp(log_w, 0)) - math.log(len(log_w) + n_rejected)
 
 
+def log_mean_exp_error(ess: float, n: int) -> float:
+    """Standard error of the ln of the mean weight [nat], by the ESS as a share of n draws: sqrt((1/ESS - 1)/n)."""
+    return math.sqrt((1.0 / ess - 1.0) / n) if ess > 0 else math.inf
+
+
 def normalised_weights(log_weights: LogWeights) -> Float[Tensor, " draws"]:
     """Weights that sum to 1.
 

@@ -24,8 +24,7 @@ from openmm_tsf.edg import (
 )  # fmt: skip
 from openmm_tsf.edg.bound import base_integral, integrand
 from openmm_tsf.edg.decoders import tamed
-from openmm_tsf.edg.draws import log_normal
-from openmm_tsf.edg.networks import leading, slope
+from openmm_tsf.edg.networks import leading, log_normal, slope
 from openmm_tsf.edg.scores import Given, Parts
 
 DIFFUSION = VariancePreserving()

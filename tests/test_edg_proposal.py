@@ -9,8 +9,8 @@ from molecules import CHAIN4, chain4_internals, harmonic_chain4, internals_of, p
 from test_edg_molecule import chain_target
 
 from openmm_tsf.edg import EDG, EDGSettings, build_edg
-from openmm_tsf.edg.draws import log_normal
 from openmm_tsf.edg.molecular import MolecularEDG
+from openmm_tsf.edg.networks import log_normal
 from openmm_tsf.edg.proposal import EDGProposal
 from openmm_tsf.energy import BatchedEnergy
 from openmm_tsf.ensemble import draw

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from openmm_tsf.edg.networks import Features, Latents, Target, leading, slope, with_temperature
+from openmm_tsf.edg.networks import Features, Latents, Target, leading, log_normal, slope, with_temperature
 from openmm_tsf.nets import perceptron
 from openmm_tsf.typing import Scalars, Vectors
 
@@ -37,7 +37,7 @@ class Conditional:
     def log_prob(self, x: Vectors) -> Scalars:
         """ln p(x | z) (B,) [nat]."""
         eps = (x - self.mean) * torch.exp(-self.log_width)
-        return -(0.5 * eps.square() + self.log_width + 0.5 * math.log(2.0 * math.pi)).sum(1)
+        return log_normal(eps, self.log_width)
 
     @property
     def entropy(self) -> Scalars:

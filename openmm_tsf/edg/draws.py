@@ -14,7 +14,7 @@ from openmm_tsf.edg.bound import check_target, reduced
 from openmm_tsf.edg.encoder_chain import chain_paths, chain_sample
 from openmm_tsf.edg.encoder_ode import encoder_paths, encoder_sample
 from openmm_tsf.edg.generator import EDG
-from openmm_tsf.edg.networks import Latents, Target
+from openmm_tsf.edg.networks import Target, log_normal
 from openmm_tsf.typing import Scalars, Vectors
 
 FEWEST = 100
@@ -88,8 +88,8 @@ class EDGDraws:
 
     @property
     def log_z_error(self) -> float:
-        """Standard error of `log_z` [nat]: the relative one of the mean weight, sqrt((1/ESS - 1)/n)."""
-        return math.sqrt((1.0 / self.ess - 1.0) / len(self)) if self.ess > 0 else math.inf
+        """Standard error of `log_z` [nat]; see `weights.log_mean_exp_error`."""
+        return weights.log_mean_exp_error(self.ess, len(self))
 
     @cached_property
     def log_z_bound(self) -> float:
@@ -143,13 +143,12 @@ def draw(
         taus = density.taus(min(chunk, n - start))
         conditional, x, z = density.decoded(len(taus), generator=generator)
         own = paths(edg, z, x, tau=taus)
+        others = [sample(edg, x, tau=taus, generator=generator) for _ in range(companions)]
         ratios = [log_normal(z) + conditional.log_prob(x) - own.log_prob]
-        evaluations += own.n_function_evaluations * len(x) / n
-        for _ in range(companions):
-            other = sample(edg, x, tau=taus, generator=generator)
+        for other in others:
             log_joint = log_normal(other.start) + edg.decoder.conditional(other.start, taus).log_prob(x)
             ratios.append(log_joint - other.log_prob)
-            evaluations += other.n_function_evaluations * len(x) / n
+        evaluations += sum(path.n_function_evaluations for path in (own, *others)) * len(x) / n
         log_density = torch.stack(ratios).logsumexp(0) - math.log(1 + companions)
         parts.append((x, reduced(target, x, torch.ones_like(taus)), log_density, own.log_prob))
     x, energy, log_density, log_prob_encoder = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -175,8 +174,3 @@ def draw(
             stacklevel=3,  # past the decorator
         )
     return draws
-
-
-def log_normal(z: Latents) -> Scalars:
-    """ln N(z; 0, I) (B,) [nat]."""
-    return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2.0 * math.pi))

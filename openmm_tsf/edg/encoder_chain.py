@@ -17,14 +17,12 @@ become many. The equation of `encoder_ode` knows p_E without that noise, but nee
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from openmm_tsf.edg.encoder_ode import EncoderPaths
 from openmm_tsf.edg.generator import EDG
-from openmm_tsf.edg.networks import Latents
+from openmm_tsf.edg.networks import Latents, log_normal
 from openmm_tsf.edg.scores import Given
 from openmm_tsf.typing import Scalars, Vectors
 
@@ -52,8 +50,8 @@ def chain_paths(
         eps = _normal(z, generator)
         z, before = alpha * z + beta * eps, z
         mean, width = chain.back(z, i)
-        log_ratio = log_ratio + _log_normal((before - mean) / width, width) - _log_normal(eps, beta)
-    return EncoderPaths(log_ratio + _log_normal(z, torch.ones_like(z)), z0, z, steps)
+        log_ratio = log_ratio + log_normal((before - mean) / width, width.log()) - log_normal(eps, beta.log())
+    return EncoderPaths(log_ratio + log_normal(z), z0, z, steps)
 
 
 @torch.no_grad()
@@ -63,13 +61,13 @@ def chain_sample(
     """Paths of the chain, one for each x, from t = 1 to z_0; arguments and errors as in `chain_paths`."""
     chain = _Chain(edg, edg.score.given(x, tau), steps)
     end = z = _normal(chain.given.mean, generator)
-    log_ratio = _log_normal(z, torch.ones_like(z))
+    log_ratio = log_normal(z)
     for i in reversed(range(steps)):
         alpha, beta = chain.noise(i)
         mean, width = chain.back(z, i)
         eps = _normal(z, generator)
         after, z = z, mean + width * eps
-        log_ratio = log_ratio + _log_normal(eps, width) - _log_normal((after - alpha * z) / beta, beta)
+        log_ratio = log_ratio + log_normal(eps, width.log()) - log_normal((after - alpha * z) / beta, beta.log())
     return EncoderPaths(log_ratio, z, end, steps)
 
 
@@ -100,8 +98,3 @@ class _Chain:
 
 def _normal(like: Latents, generator: torch.Generator) -> Latents:
     return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=generator.device).to(like.device)
-
-
-def _log_normal(eps: Latents, width: Latents) -> Scalars:
-    """ln of the density (B,) of Gaussian numbers of this width that are eps in units of it."""
-    return -(0.5 * eps.square() + width.log() + 0.5 * math.log(2.0 * math.pi)).sum(1)

@@ -19,7 +19,6 @@ Derivatives of many latents in one batch are no faster than one by one, since it
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 
 from openmm_tsf.edg.generator import EDG
-from openmm_tsf.edg.networks import Latents
+from openmm_tsf.edg.networks import Latents, log_normal
 from openmm_tsf.edg.scores import Given, Score
 from openmm_tsf.typing import Scalars, Vectors
 
@@ -139,8 +138,7 @@ class _Flow:
         """The result, from z_0, n at t = 1 and ln|dn_1/dn_0|."""
         centre, width = self.frame_at_end()
         end = centre + width * n
-        log_prob = -0.5 * (end.square().sum(1) + end.shape[1] * math.log(2.0 * math.pi))
-        log_prob = log_prob + change + (width.log() - self.given.log_width).sum(1)
+        log_prob = log_normal(end) + change + (width.log() - self.given.log_width).sum(1)
         return EncoderPaths(log_prob, z0, end, self.n_evaluations)
 
 

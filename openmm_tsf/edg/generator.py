@@ -176,52 +176,43 @@ def build_edg(target: Target, settings: EDGSettings | None = None, *, seed: int 
     Raises:
         ValueError: "pairs" for a target without particles, or a lattice of another number of sites.
     """
-    settings = settings or EDGSettings()
-    if settings.decoder == "pairs":
-        return _of_pairs(target, settings, seed)
-    if settings.lattice is not None:
-        return _on_lattice(target, settings, seed)
-    latent_dim, diffusion = settings.latent_dim or target.dim, VariancePreserving()
-    size: dict[str, Any] = {"hidden": settings.hidden, "depth": settings.depth}
-    common = {**size, "spread": settings.spread, "conditioned": settings.conditioned}
+    settings, diffusion = settings or EDGSettings(), VariancePreserving()
+    make = _of_pairs if settings.decoder == "pairs" else _of_vectors if settings.lattice is None else _on_lattice
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        decoder: Decoder
-        if settings.decoder == "hamiltonian":
-            dynamics = {"leaps": settings.leaps, "latent_dim": latent_dim, "step": settings.step}
-            decoder = HamiltonianDecoder(target, target.dim, settings.stages, **dynamics, **common)
-        else:
-            decoder = GaussianDecoder(latent_dim, target.dim, width=settings.width, **common)
-        score: Score
-        if settings.score in ("plain", "energy"):
-            score = PlainScore(latent_dim, target.dim, diffusion, **common)
-            score = EnergyScore(decoder, score) if settings.score == "energy" else score
-        else:
-            corrected = settings.score != "variational"
-            score = GaussianScore(latent_dim, target.dim, diffusion, corrected=corrected, **common)
+        decoder, score = make(target, settings, diffusion)
     return EDG(decoder, score, diffusion, settings=settings).double()
 
 
-def _of_pairs(target: Target, settings: EDGSettings, seed: int) -> EDG:
+def _of_vectors(target: Target, settings: EDGSettings, diffusion: VariancePreserving) -> tuple[Decoder, Score]:
+    latent_dim = settings.latent_dim or target.dim
+    size: dict[str, Any] = {"hidden": settings.hidden, "depth": settings.depth}
+    common = {**size, "spread": settings.spread, "conditioned": settings.conditioned}
+    decoder: Decoder
+    if settings.decoder == "hamiltonian":
+        dynamics = {"leaps": settings.leaps, "latent_dim": latent_dim, "step": settings.step}
+        decoder = HamiltonianDecoder(target, target.dim, settings.stages, **dynamics, **common)
+    else:
+        decoder = GaussianDecoder(latent_dim, target.dim, width=settings.width, **common)
+    if settings.score in ("plain", "energy"):
+        score = PlainScore(latent_dim, target.dim, diffusion, **common)
+        return decoder, EnergyScore(decoder, score) if settings.score == "energy" else score
+    corrected = settings.score != "variational"
+    return decoder, GaussianScore(latent_dim, target.dim, diffusion, corrected=corrected, **common)
+
+
+def _of_pairs(target: Target, settings: EDGSettings, diffusion: VariancePreserving) -> tuple[Decoder, Score]:
     n = getattr(target, "n", 0)
     if n < 2 or target.dim != 3 * (n - 1):
         raise ValueError('decoder = "pairs" needs a target of n >= 2 particles in 3 (n - 1) relative coordinates')
-    diffusion = VariancePreserving()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        decoder = PairDecoder(n, settings.stages, spread=settings.spread, width=settings.width)
-        score = PairScore(decoder, diffusion)
-    return EDG(decoder, score, diffusion, settings=settings).double()
+    decoder = PairDecoder(n, settings.stages, spread=settings.spread, width=settings.width)
+    return decoder, PairScore(decoder, diffusion)
 
 
-def _on_lattice(target: Target, settings: EDGSettings, seed: int) -> EDG:
+def _on_lattice(target: Target, settings: EDGSettings, diffusion: VariancePreserving) -> tuple[Decoder, Score]:
     rows, columns = settings.lattice
     if rows * columns != target.dim:
         raise ValueError(f"a lattice of {rows} x {columns} sites is none of x with {target.dim} components")
     size: dict[str, Any] = {"hidden": settings.hidden, "depth": settings.depth, "spread": settings.spread}
-    diffusion, corrected = VariancePreserving(), settings.score == "gaussian"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        decoder = LatticeDecoder((rows, columns), width=settings.width, **size)
-        score = LatticeScore((rows, columns), diffusion, corrected=corrected, **size)
-    return EDG(decoder, score, diffusion, settings=settings).double()
+    decoder = LatticeDecoder((rows, columns), width=settings.width, **size)
+    return decoder, LatticeScore((rows, columns), diffusion, corrected=settings.score == "gaussian", **size)

@@ -29,6 +29,11 @@ class Target(Protocol):
     def __call__(self, x: Vectors) -> Scalars: ...
 
 
+def log_normal(eps: Latents, log_width: Tensor | float = 0.0) -> Scalars:
+    """ln of the density (B,) [nat] of Gaussian numbers that are eps (B, d) in units of their widths."""
+    return -(0.5 * eps.square() + log_width + 0.5 * math.log(2.0 * math.pi)).sum(1)
+
+
 def with_temperature(x: Vectors, tau: Scalars | None, *, conditioned: bool) -> Features:
     """x with a column ln tau if networks are conditioned on temperature, else x.
 

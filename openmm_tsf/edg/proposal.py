@@ -22,10 +22,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from openmm_tsf.edg.decoders import Conditional
-from openmm_tsf.edg.draws import log_normal
 from openmm_tsf.edg.encoder_ode import encoder_paths, encoder_sample
 from openmm_tsf.edg.generator import EDG
-from openmm_tsf.edg.networks import Latents
+from openmm_tsf.edg.networks import Latents, log_normal
 from openmm_tsf.typing import Mask, Scalars, Vectors
 
 Joint = Float[Tensor, "batch joint"]
