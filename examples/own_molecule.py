@@ -37,7 +37,7 @@ with tempfile.TemporaryDirectory() as folder:
     )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     flow = tsf.build_flow(molecule, frames, tsf.FlowSettings(blocks=2, hidden=32), generator=generator)
-    settings = tsf.TrainingSettings(steps=options.steps, evaluate_every=50)
+    settings = tsf.TrainingSettings(steps=options.steps, evaluate_every=10)
     history = tsf.train(flow, frames, energy, settings, directory=folder, seed=1)
     print(f"held-out -ln q: {history.rows[0]['held_out_nll']:.2f} -> {history.rows[-1]['held_out_nll']:.2f} nat")
 

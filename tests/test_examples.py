@@ -93,10 +93,10 @@ def test_figure3(tmp_path):
 
 
 def test_own_molecule():
-    """A hundred steps already lower -ln q of held-out frames by nats."""
+    """Training lowers -ln q of held-out frames: by 0.6 nat from step 10 on; the first ten gain the most."""
     printed = run(EXAMPLES / "own_molecule.py", "--steps", 100, "--frames", 2000)
     first, last = map(float, re.search(r"held-out -ln q: (-?[\d.]+) -> (-?[\d.]+)", printed).groups())
-    assert last < first
+    assert last < first - 0.2
     assert "root: ACE1-C - ALA2-N - ALA2-CA" in printed
 
 

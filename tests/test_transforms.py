@@ -118,7 +118,7 @@ def test_torsions_count_modulo_a_turn(name):
     transform = randomised(MADE[name]())
     turned = z + laws.TWO_PI * angles * torch.tensor([[1.0], [-2.0]]).repeat(len(z) // 2, 1)
     for way in (transform.forward, transform.inverse):
-        assert laws.difference(way(turned)[0], way(z)[0], angles) < 1e-11
+        assert laws.difference(way(turned)[0], way(z)[0], angles) < 1e-10  # 2 pi as it is rounded, magnified
 
 
 @pytest.mark.parametrize("name", ["circle", "circle, two", "composed"])
@@ -177,14 +177,15 @@ def test_the_global_scale_is_bijective_and_one_number_for_all_lines():
 
 def test_momenta_pass_where_coordinates_are_standardised():
     """Latents (u, p, a), vectors (q, p): momenta behind all coordinates, as they are."""
-    plain, n_momenta = standardise(), 3
-    columns = torch.zeros(8, dtype=torch.bool).index_fill(0, plain.columns[N_STIFF:], True)
+    plain, plain_dim, n_momenta = standardise(), 8, 3
+    columns = torch.zeros(plain_dim, dtype=torch.bool).index_fill(0, plain.columns[N_STIFF:], True)
     wide = Standardise(plain.mean, plain.matrix, torch.cat((columns, torch.zeros(n_momenta, dtype=torch.bool))))
     z, _, _ = latents("line")
     p = torch.randn(len(z), n_momenta, generator=torch.Generator().manual_seed(2))
     joined = torch.cat((z[:, :N_STIFF], p, z[:, N_STIFF:]), 1)
     laws.bijective(wide, joined)
-    assert torch.equal(wide.forward(joined)[0], torch.cat((plain.forward(z)[0], p), 1))
+    x = wide.forward(joined)[0]
+    assert torch.equal(x[:, plain_dim:], p) and laws.difference(x[:, :plain_dim], plain.forward(z)[0]) < 1e-14
 
 
 def test_standardise_gives_columns_their_mean_and_covariance(generator):
