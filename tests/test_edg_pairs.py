@@ -10,14 +10,18 @@ from molecules import perturbed, seeded
 
 from openmm_tsf.edg import EDGSettings, EDGTrainingSettings, build_edg, draw, encoder_log_prob, kl_bound, train_edg
 from openmm_tsf.edg.lennard_jones import LennardJones, relative_basis
-from openmm_tsf.edg.pairs import BLUR, Pairs, unit_vectors
+from openmm_tsf.edg.pair_score import principal_axes, stretched
+from openmm_tsf.edg.pairs import BLUR, PairDecoder, Pairs, unit_vectors
 
-SETTINGS = EDGSettings(decoder="pairs", score="pairs", stages=2, spread=0.9, width=0.05)
+SETTINGS = EDGSettings(decoder="pairs", score="pairs", stages=4, spread=0.9, width=0.05)
 
 
-def roughened(n, size=0.02, **changes):
-    """A generator with its parameters moved at random."""
-    return perturbed(build_edg(LennardJones(n), replace(SETTINGS, **changes), seed=1), size, 3)
+def roughened(n, size=0.03, **changes):
+    """A generator with its parameters moved at random, those of the correction less."""
+    edg = build_edg(LennardJones(n), replace(SETTINGS, **changes), seed=1)
+    perturbed(edg.decoder, size, 3)
+    perturbed(edg.score, 0.3 * size, 4)
+    return edg
 
 
 def moved(cluster, y, matrix, order):
@@ -51,7 +55,7 @@ def test_neither_order_nor_orientation_matters():
 def test_sums_over_pairs_are_what_they_say():
     n = 4
     pairs, y, u = Pairs(n).double(), torch.randn(2, 9, generator=seeded(1)), torch.randn(2, 9, generator=seeded(2))
-    coefficients = torch.randn(2, 6, 2, generator=seeded(3))
+    coefficients = torch.randn(2, 6, 3, generator=seeded(3))
     basis = relative_basis(n)
     positions, others = (basis.T @ v.view(2, 3, 3) for v in (y, u))
     i, j = torch.triu_indices(n, n, 1)
@@ -66,26 +70,109 @@ def test_sums_over_pairs_are_what_they_say():
                 around[:, p] += coefficients[:, q, 0] / 4
         step = others[:, i[p]] - others[:, j[p]]
         force = coefficients[:, p, :1] * step
-        force = force + coefficients[:, p, 1:] * (unit[:, p] * step).sum(1, keepdim=True) * unit[:, p]
+        along = (unit[:, p] * step).sum(1, keepdim=True)
+        stretch = coefficients[:, p, 1:2] + coefficients[:, p, 2:] * along / (1.0 + along**2).sqrt()
+        force = force + stretch * along * unit[:, p]
         expected[:, i[p]] += force
         expected[:, j[p]] -= force
-    assert torch.allclose(basis.T @ pairs.stretched(coefficients, unit, u).view(2, 3, 3), expected)
+    assert torch.allclose(basis.T @ stretched(pairs, coefficients, unit, u).view(2, 3, 3), expected)
     assert torch.allclose(pairs.around(coefficients)[..., 0], around)
 
 
-def test_newton_steps_find_where_a_configuration_came_from():
-    edg = roughened(6, 0.004)
-    edg.score.pushes.load_state_dict(build_edg(LennardJones(6), SETTINGS).score.pushes.state_dict())
-    z = torch.randn(50, 15, generator=seeded(1))
-    x = edg.decoder.centre(z)
+def test_jacobians_are_those_of_autograd():
+    decoder = roughened(5).decoder
+    z = torch.randn(3, 12, generator=seeded(1))
+    y, matrix = decoder.centre_and_jacobian(z)
+    assert torch.allclose(y, decoder.centre(z), rtol=0.0, atol=1e-14)
+    exact = torch.autograd.functional.jacobian(lambda z: decoder.centre(z).sum(0), z).transpose(0, 1)
+    assert (exact - 0.9 * torch.eye(12)).abs().max() > 0.3
+    assert torch.allclose(matrix, exact, rtol=0.0, atol=1e-13)
+
+
+def test_coefficients_of_stages_lie_between_those_of_knots():
+    decoder = PairDecoder(3, 20)
     with torch.no_grad():
-        edg.score.newton.zero_()
-        edg.score.log_steps.zero_()
-        near = edg.score.given(x).mean
-        edg.score.newton = torch.nn.Parameter(edg.score.newton[:0])
-        edg.score.log_steps = torch.nn.Parameter(edg.score.log_steps[:0])
-        far = edg.score.given(x).mean
-    assert 1e-3 < (near - z).norm() < 0.3 * (far - z).norm()
+        decoder.plain[2] = 1.0
+        decoder.log_scale[:] = torch.arange(5.0)
+    plain = torch.stack([push.plain[0] for push in decoder.pushes]) * 20
+    expected = (1.0 - (torch.arange(20.0) - 9.5).abs() / 5.0).clamp_min(0.0)
+    assert torch.allclose(plain, expected)
+    scale = torch.stack([push.log_scale for push in decoder.pushes]) * 20
+    assert torch.allclose(scale, (torch.arange(20.0) + 0.5) / 5.0)
+    assert len(PairDecoder(3, 1).pushes) == 1
+    with pytest.raises(ValueError, match="at least one stage, not 0"):
+        PairDecoder(3, 0)
+
+
+def test_newton_steps_find_where_a_configuration_came_from():
+    edg = roughened(6, width=1e-6)
+    z = torch.randn(50, 15, generator=seeded(1))
+    off = []
+    with torch.no_grad():
+        x = edg.decoder.centre(z)
+        edg.score.repeats = 2
+        near = edg.decoder.backwards(x, 2)
+        for edg.score.refinements in (1, 2, 4):
+            off.append(float((edg.score.given(x).mean - z).abs().max()))
+    assert (x - 0.9 * z).abs().max() > 0.3
+    assert 0.1 > float((near - z).abs().max()) > 10.0 * off[0] and off[0] > 10.0 * off[1] and off[2] < 1e-8
+
+
+def test_the_base_is_the_posterior_of_a_narrow_decoder():
+    """Laplace's approximation: its precision is minus the second derivative of ln p(z) p(x|z), where the first is 0."""
+    edg = roughened(4, width=1e-3)
+    z = torch.randn(3, 9, generator=seeded(1))
+    x = edg.decoder.conditional(z).sample(torch.randn(3, 9, generator=seeded(2))).detach()
+    edg.score.refinements = 4
+    given = edg.score.given(x)
+    precision = given.axes @ torch.diag_embed(torch.exp(-2.0 * given.log_width)) @ given.axes.transpose(1, 2)
+
+    def log_joint(row, z):
+        return edg.decoder.conditional(z[None]).log_prob(x[row, None])[0] - 0.5 * z.square().sum()
+
+    for row in range(3):
+        mean = given.mean[row].detach()
+        first = torch.autograd.functional.jacobian(lambda z, row=row: log_joint(row, z), mean)
+        second = torch.autograd.functional.hessian(lambda z, row=row: log_joint(row, z), mean)
+        assert torch.allclose(precision[row].detach(), -second, rtol=0.0, atol=5e-3 * float(second.abs().max()))
+        step = given.axes[row].T @ torch.linalg.solve(precision[row], first)  # to the mode
+        assert (step / given.log_width[row].exp()).abs().max() < 0.02
+
+
+def test_gradients_of_the_bound_are_finite_differences():
+    """Those of the encoder too, which is the decoder run backwards."""
+    cluster, edg = LennardJones(4).softened(), roughened(4)
+    edg.score.refinements = 5
+    parameters = dict(edg.named_parameters())
+
+    def value():
+        return kl_bound(edg, cluster, 8, generator=seeded(5))
+
+    value().loss.backward()
+    for name in ("decoder.plain", "decoder.sense", "decoder.log_scale", "decoder.width.change", "score.time.0.weight"):
+        parameter = parameters[name]
+        direction = torch.randn(parameter.shape, generator=seeded(6))
+        values = []
+        with torch.no_grad():
+            for step in (1e-5, -2e-5):
+                parameter += step * direction
+                values.append(value().value)
+            parameter += 1e-5 * direction
+        expected = (values[0] - values[1]) / 2e-5
+        assert float((parameter.grad * direction).sum()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_principal_axes_have_derivatives():
+    root = torch.randn(2, 5, 5, generator=seeded(1), requires_grad=True)
+
+    def logarithm(root):  # knows neither signs nor order
+        values, axes = principal_axes(root @ root.transpose(1, 2) + torch.eye(5))
+        return axes @ torch.diag_embed(values.log()) @ axes.transpose(1, 2)
+
+    assert torch.autograd.gradcheck(logarithm, root)
+    same = (2.0 * torch.eye(5)).repeat(2, 1, 1).requires_grad_()
+    principal_axes(same)[0].log().sum().backward()
+    assert torch.allclose(same.grad, 0.5 * torch.eye(5))
 
 
 def trained(n):

@@ -158,7 +158,7 @@ def base_integral(edg: EDG, z0: Latents, given: Given) -> Scalars:
     """What the base adds to the integrals over time (B,), for latents (B, d_z) and what is given of their x: exact."""
     end = torch.ones_like(z0[:, 0])
     a, sigma = edg.diffusion.scale(end)[:, None], edg.diffusion.width(end)[:, None]
-    off, wide = z0 - given.mean, given.frame(edg.diffusion, end)[1]
+    off, wide = given.along_axes(z0 - given.mean), given.frame(edg.diffusion, end)[1]
     at_end = -0.5 * ((a * off).square() + sigma.square()) / wide.square() - wide.log()
     at_start = -0.5 * (off * torch.exp(-given.log_width)).square() - given.log_width
     return (at_end - at_start - 0.5 * sigma.square() * (z0.square() - 1.0)).sum(1)

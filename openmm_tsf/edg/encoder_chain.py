@@ -50,7 +50,8 @@ def chain_paths(
         eps = _normal(z, generator)
         z, before = alpha * z + beta * eps, z
         mean, width = chain.back(z, i)
-        log_ratio = log_ratio + log_normal((before - mean) / width, width.log()) - log_normal(eps, beta.log())
+        n = chain.given.along_axes(before - mean) / width
+        log_ratio = log_ratio + log_normal(n, width.log()) - log_normal(eps, beta.log())
     return EncoderPaths(log_ratio + log_normal(z), z0, z, steps)
 
 
@@ -66,7 +67,7 @@ def chain_sample(
         alpha, beta = chain.noise(i)
         mean, width = chain.back(z, i)
         eps = _normal(z, generator)
-        after, z = z, mean + width * eps
+        after, z = z, mean + chain.given.from_axes(width * eps)
         log_ratio = log_ratio + log_normal(eps, width.log()) - log_normal((after - alpha * z) / beta, beta.log())
     return EncoderPaths(log_ratio, z, end, steps)
 
@@ -88,7 +89,7 @@ class _Chain:
         return torch.exp(-0.5 * lost), torch.sqrt(-torch.expm1(-lost)).expand_as(self.given.mean)
 
     def back(self, z: Latents, i: int) -> tuple[Latents, Latents]:
-        """Mean and width (B, d_z) of z_i given z_{i+1}."""
+        """Mean of z_i given z_{i+1}, and width along the axes, (B, d_z)."""
         before, after = (self.t[j].expand(len(z)) for j in (i, i + 1))
         parts = self.edg.score.parts(z, self.given, after)
         alpha, beta = self.noise(i)

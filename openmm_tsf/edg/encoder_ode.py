@@ -80,7 +80,7 @@ def encoder_paths(
     """
     flow = _Flow(edg, edg.score.given(x, tau), most_evaluations)
     given = flow.given
-    n, change = flow.follow((z0 - given.mean) * torch.exp(-given.log_width), (0.0, 1.0), rtol, atol)
+    n, change = flow.follow(given.along_axes(z0 - given.mean) * torch.exp(-given.log_width), (0.0, 1.0), rtol, atol)
     return flow.paths(z0, n, change)
 
 
@@ -94,8 +94,9 @@ def encoder_sample(
     given = flow.given
     z1 = torch.randn(given.mean.shape, generator=generator, dtype=x.dtype, device=generator.device).to(x.device)
     centre, width = flow.frame_at_end()
-    n, change = flow.follow((z1 - centre) / width, (1.0, 0.0), rtol, atol)
-    return flow.paths(given.mean + given.log_width.exp() * n, (z1 - centre) / width, -change)
+    n1 = given.along_axes(z1 - centre) / width
+    n, change = flow.follow(n1, (1.0, 0.0), rtol, atol)
+    return flow.paths(given.mean + given.from_axes(given.log_width.exp() * n), n1, -change)
 
 
 class _Flow:
@@ -108,8 +109,9 @@ class _Flow:
         self.n_evaluations += 1
         t, weight = self.edg.diffusion.times(u.expand(len(state)))
         centre, width = self.given.frame(self.edg.diffusion, t)
-        c, divergence = correction_and_divergence(self.edg.score, centre + width * state[:, :-1], self.given, t)
-        return -weight[:, None] * torch.cat((c / width, divergence[:, None]), 1)
+        z = centre + self.given.from_axes(width * state[:, :-1])
+        c, divergence = correction_and_divergence(self.edg.score, z, self.given, t)
+        return -weight[:, None] * torch.cat((self.given.along_axes(c) / width, divergence[:, None]), 1)
 
     def follow(self, n: Latents, clock: tuple[float, float], rtol: float, atol: float) -> tuple[Latents, Scalars]:
         """n at the second time, and ln|det| of how it depends on n at the first."""
@@ -137,7 +139,7 @@ class _Flow:
     def paths(self, z0: Latents, n: Latents, change: Scalars) -> EncoderPaths:
         """The result, from z_0, n at t = 1 and ln|dn_1/dn_0|."""
         centre, width = self.frame_at_end()
-        end = centre + width * n
+        end = centre + self.given.from_axes(width * n)
         log_prob = log_normal(end) + change + (width.log() - self.given.log_width).sum(1)
         return EncoderPaths(log_prob, z0, end, self.n_evaluations)
 

@@ -13,7 +13,8 @@ from openmm_tsf.edg.decoders import Conditional, Decoder, GaussianDecoder, Hamil
 from openmm_tsf.edg.diffusion import VariancePreserving
 from openmm_tsf.edg.lattice import LatticeDecoder, LatticeScore
 from openmm_tsf.edg.networks import Latents, Target
-from openmm_tsf.edg.pairs import PairDecoder, PairScore
+from openmm_tsf.edg.pair_score import PairScore
+from openmm_tsf.edg.pairs import PairDecoder
 from openmm_tsf.edg.scores import EnergyScore, GaussianScore, PlainScore, Score
 from openmm_tsf.typing import Vectors
 

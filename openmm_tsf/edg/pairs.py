@@ -1,56 +1,72 @@
-"""Decoder and score for clusters of identical particles: what they do is a sum over pairs.
+"""A decoder for clusters of identical particles: what it does is a sum over pairs.
 
 Latents and configurations are the relative coordinates of `lennard_jones`, whose squares and products do not know in
-which order particles come, nor how the cluster is turned. With d_ij = y_i - y_j of unit vector e_ij, both build on maps
+which order particles come, nor how the cluster is turned. The decoder is a flow in small stages, each of them a push
 
-    y_i + sum_j phi_ij d_ij                                 a push, phi_ij a number for each pair
-    u_i + sum_j [phi_ij 1 + psi_ij e_ij e_ij^T] (u_i - u_j)   a stretch of other coordinates u
+    y_i + sum_j phi_ij (y_i - y_j),
 
-with phi and psi learned functions of the distance, and of the distances of the particles around. So p_D(x) and p_E(z|x)
-have the symmetries of the target: exchanging particles, and turning or mirroring the cluster, changes neither. Pairs
-that overlap in a Gaussian cloud of latents are told apart by a push, wherever they are and whichever particles they
-are: this a perceptron of all coordinates would have to learn again for every pair and direction.
+phi_ij a learned function of the distance of i and j, and of the distances of the particles around. So p_D(x) has the
+symmetries of the target: exchanging particles, and turning or mirroring the cluster, does not change it. Pairs that
+overlap in a Gaussian cloud of latents are told apart by a push, wherever they are and whichever particles they are. A
+perceptron of all coordinates would have to learn this again for every pair and direction.
 
-The encoder's base is a Gaussian N(m, w^2) around the latents m(x) that x came from. A few pushes guess them; then come
-steps of a Newton iteration m <- m + A (x - f(m)), f the decoder's mean and A a stretch. The correction of the score is
-a product of stretches of n = (z - a m)/w_t, whose coefficients depend on x and on time: it makes the Gaussian as narrow
-in each direction as the decoder makes it, and is linear in z, so that its divergence is cheap.
+Two things keep pushes from folding space, after which a configuration has latents that no encoder finds. Functions of
+a distance are sums of bells as high as they are wide, so that a step of training changes slopes no more where bells
+are narrow. And coefficients are interpolated from a few stages to all, so that stages are small and alike.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from openmm_tsf.edg.decoders import Conditional, bounded, positive
-from openmm_tsf.edg.diffusion import VariancePreserving
 from openmm_tsf.edg.lennard_jones import relative_basis
-from openmm_tsf.edg.networks import TIME_FEATURES, Latents, time_features
-from openmm_tsf.edg.scores import Given, Parts
-from openmm_tsf.nets import perceptron
+from openmm_tsf.edg.networks import Latents
 from openmm_tsf.typing import Scalars, Vectors
 
 CENTRES = (0.0, 0.2, 0.4, 0.55, 0.68, *(0.76 + 0.08 * i for i in range(10)), 1.62, 1.8, 2.1, 2.5)
-"""Of the kernels of a distance: dense where particles touch. The unit of length is where they like to be."""
+"""Of the bells of a distance: dense where particles touch. The unit of length is where they like to be."""
 BLUR = 1e-4
 """Added to squared distances, so that they have derivatives where particles coincide."""
-LONGEST = 1.0
-"""Norm of a Newton step beyond which it is not believed: it never gets longer."""
-SURROUNDINGS = 6
-"""Numbers that a pair knows of those around it."""
-CONTEXT = 4
-"""The same for the coefficients of the score's correction."""
+SURROUNDINGS = 16
+"""Numbers that a pair knows of those around it, each between -1 and 1."""
+SHARPNESS = 4.0
+"""Of these numbers: what the mean over pairs around is multiplied by."""
+KNOTS = 5
+"""Stages that have coefficients of their own; those of the others lie between."""
 
 PairVectors = Float[Tensor, "batch pairs 3"]
 PairFeatures = Float[Tensor, "batch pairs features"]
-Coefficients = Float[Tensor, "batch pairs coefficients"]
+Lengths = Float[Tensor, "batch pairs 1"]
+Bells = Float[Tensor, "batch pairs bells"]
+Matrices = Float[Tensor, "batch rows columns"]
+
+
+class Push(NamedTuple):
+    """Coefficients of a stage.
+
+    Args:
+        log_scale: () of all coordinates, before particles push each other.
+        plain: (K,) of the bells in phi.
+        mixed: (K, S) of the bells in what multiplies the surroundings.
+        sense: (K, S) of the bells in the surroundings.
+        bias: (S,) of the surroundings.
+    """
+
+    log_scale: Tensor
+    plain: Tensor
+    mixed: Tensor
+    sense: Tensor
+    bias: Tensor
 
 
 class Pairs(nn.Module):
-    """Vectors between particles, features of their lengths, and sums over pairs.
+    """Vectors between particles, features of their lengths, sums over pairs, and pushes.
 
     Args:
         n: particles, at least 2.
@@ -65,10 +81,10 @@ class Pairs(nn.Module):
         centres = torch.tensor(CENTRES, dtype=basis.dtype)
         gaps = centres.diff()
         widths = 1.1 * torch.maximum(torch.cat((gaps[:1], gaps)), torch.cat((gaps, gaps[-1:])))
-        self.n, self.n_kernels = n, len(centres)
+        self.n, self.n_bells = n, len(centres)
         for name, value in (
             ("steps", (basis[:, i] - basis[:, j]).T.contiguous()), ("sharing", sharing), ("centres", centres),
-            ("scales", 1.0 / (math.sqrt(8.0) * widths)),
+            ("scales", 1.0 / (math.sqrt(8.0) * widths)), ("heights", widths / widths.max()),
         ):  # fmt: skip
             self.register_buffer(name, value, persistent=False)
 
@@ -80,147 +96,157 @@ class Pairs(nn.Module):
         """Sums over pairs (B, 3 (n - 1)) of what moves i one way and j the other."""
         return (self.steps.T @ forces).flatten(1)
 
-    def kernels(self, d: PairVectors) -> PairFeatures:
-        """(B, P, K) bells of the lengths of d, much like Gaussians, which end at 2.8 widths."""
-        r = (d.square().sum(2, keepdim=True) + BLUR).sqrt()
-        return (1.0 - ((r - self.centres) * self.scales).square()).clamp_min(0.0).square().square()
+    def bells(self, d: PairVectors) -> Bells:
+        """(B, P, K) functions of the lengths of d, much like Gaussians, which end at 2.8 widths."""
+        return self._within(lengths(d))[1].square().square() * self.heights
+
+    def bells_and_slopes(self, d: PairVectors) -> tuple[Bells, Bells]:
+        """The same, and their derivatives by the length."""
+        off, within = self._within(lengths(d))
+        cube = within.square() * within * self.heights
+        return cube * within, -8.0 * cube * off * self.scales
+
+    def _within(self, r: Lengths) -> tuple[Bells, Bells]:
+        """How far from the centres of the bells r is, in units of where they end, and 1 less its square, or 0."""
+        off = (r - self.centres) * self.scales
+        return off, (1.0 - off.square()).clamp_min(0.0)
 
     def around(self, features: PairFeatures) -> PairFeatures:
         """Means over the pairs that share a particle with each pair."""
         return self.sharing @ features
 
-    def stretched(self, coefficients: Coefficients, unit: PairVectors, u: Latents) -> Latents:
-        """sum_j [phi_ij 1 + psi_ij e_ij e_ij^T] (u_i - u_j) with coefficients (B, P, 2)."""
-        d = self.vectors(u)
-        along = coefficients[..., 1:] * (unit * d).sum(2, keepdim=True)
-        return self.back(coefficients[..., :1] * d + along * unit)
+    def _surroundings(self, push: Push, bells: Bells) -> PairFeatures:
+        """What each pair knows of those around it, by the bells of all."""
+        return torch.tanh(SHARPNESS * self.around(bells @ push.sense) + push.bias)
+
+    def pushed(self, push: Push, y: Vectors) -> Vectors:
+        """y (B, d) after a stage."""
+        y = y * push.log_scale.exp()
+        d = self.vectors(y)
+        k = self.bells(d)
+        phi = k @ push.plain + ((k @ push.mixed) * self._surroundings(push, k)).sum(2)
+        return y + self.back(phi[..., None] * d)
+
+    def pushed_with_jacobian(self, push: Push, y: Vectors) -> tuple[Vectors, Matrices]:
+        """The same, and d pushed/d y (B, d, d).
+
+        With phi_p of pair p depending on r_q of all pairs q that share a particle with it, by G_pq, it is the scale
+        times 1 + sum_p phi_p s_p s_p^T + sum_pq (s_p d_p) G_pq (s_q e_q)^T, s_p the row of `steps`, e the unit vector.
+        """
+        scale = push.log_scale.exp()
+        y = y * scale
+        d = self.vectors(y)
+        k, slope = self.bells_and_slopes(d)
+        mixed, around = k @ push.mixed, self._surroundings(push, k)
+        phi = k @ push.plain + (mixed * around).sum(2)
+        own = slope @ push.plain + ((slope @ push.mixed) * around).sum(2)
+        sensitive = SHARPNESS * mixed * (1.0 - around.square())
+        others = (sensitive @ (slope @ push.sense).transpose(1, 2)) * self.sharing
+        along = (self.steps[:, :, None] * unit_vectors(d)[:, :, None, :]).flatten(2)
+        felt = own[..., None] * along + others @ along
+        matrix = (self.steps[:, :, None] * d[:, :, None, :]).flatten(2).transpose(1, 2) @ felt
+        plain = (self.steps.T * phi[:, None, :]) @ self.steps
+        three, whole = (torch.eye(m, dtype=y.dtype, device=y.device) for m in (3, y.shape[1]))
+        spread = (plain[:, :, None, :, None] * three[:, None, :]).flatten(3).flatten(1, 2)
+        return y + self.back(phi[..., None] * d), scale * (matrix + spread + whole)
+
+
+def lengths(d: PairVectors) -> Lengths:
+    """(B, P, 1) of vectors, never 0."""
+    return (d.square().sum(2, keepdim=True) + BLUR).sqrt()
 
 
 def unit_vectors(d: PairVectors) -> PairVectors:
     """d over its length."""
-    return d / (d.square().sum(2, keepdim=True) + BLUR).sqrt()
-
-
-class Push(nn.Module):
-    """y_i + sum_j phi_ij d_ij after a change of scale; the identity at the start."""
-
-    def __init__(self, n_kernels: int) -> None:
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.zeros(()))
-        self.plain = nn.Parameter(torch.zeros(n_kernels))
-        self.mixed = nn.Parameter(torch.zeros(n_kernels, SURROUNDINGS))
-        self.sense = nn.Parameter(torch.randn(n_kernels, SURROUNDINGS) / math.sqrt(n_kernels))
-
-    def forward(self, pairs: Pairs, y: Vectors) -> Vectors:
-        y = y * self.log_scale.exp()
-        d = pairs.vectors(y)
-        k = pairs.kernels(d)
-        phi = k @ self.plain + ((k @ self.mixed) * pairs.around(k @ self.sense)).sum(2)
-        return y + pairs.back(phi[..., None] * d)
+    return d / lengths(d)
 
 
 class Width(nn.Module):
     """One ln width (B, 1) of all components, by the distances of a configuration."""
 
-    def __init__(self, n_kernels: int, width: float) -> None:
+    def __init__(self, n_bells: int, width: float) -> None:
         super().__init__()
-        self.log_width = nn.Parameter(torch.tensor(math.log(positive("width", width))))
-        self.change = nn.Parameter(torch.zeros(n_kernels))
+        self.start = math.log(positive("width", width))
+        self.shift = nn.Parameter(torch.zeros(()))
+        self.change = nn.Parameter(torch.zeros(n_bells))
 
-    def forward(self, kernels: PairFeatures) -> Float[Tensor, "batch 1"]:
-        return bounded(self.log_width + kernels.sum(1) @ self.change)[:, None]
+    def forward(self, bells: Bells) -> Float[Tensor, "batch 1"]:
+        return self.start + bounded(self.shift + bells.sum(1) @ self.change)[:, None]
 
 
 class PairDecoder(nn.Module):
-    """Pushes of a Gaussian cloud: x = f(z) + w(x) xi, xi ~ N(0, I).
+    """Pushes of a Gaussian cloud: x = f(z) + w(f(z)) xi, xi ~ N(0, I).
 
     Args:
         n: particles; there are 3 (n - 1) latents and as many components.
         stages: number of pushes.
         spread: standard deviation of a component at the start.
         width: w at the start, in units of `spread`.
+
+    Raises:
+        ValueError: no stage.
     """
 
     n_slopes, conditioned = 0, False
 
-    def __init__(self, n: int, stages: int = 5, *, spread: float = 1.0, width: float = 0.03) -> None:
+    def __init__(self, n: int, stages: int = 12, *, spread: float = 1.0, width: float = 0.03) -> None:
         super().__init__()
+        if stages < 1:
+            raise ValueError(f"need at least one stage, not {stages}")
         self.dim = self.latent_dim = 3 * (n - 1)
         self.spread, self.pairs = positive("spread", spread), Pairs(n)
-        self.pushes = nn.ModuleList(Push(self.pairs.n_kernels) for _ in range(stages))
-        self.width = Width(self.pairs.n_kernels, width * spread)
+        knots, n_bells = min(KNOTS, stages), self.pairs.n_bells
+        places = (torch.arange(stages) + 0.5) / stages * (knots - 1)
+        shares = (1.0 - (places[:, None] - torch.arange(knots)).abs()).clamp_min(0.0)
+        self.register_buffer("shares", shares, persistent=False)
+        self.log_scale = nn.Parameter(torch.zeros(knots))
+        self.plain = nn.Parameter(torch.zeros(knots, n_bells))
+        self.mixed = nn.Parameter(torch.zeros(knots, n_bells, SURROUNDINGS))
+        self.sense = nn.Parameter(torch.randn(knots, n_bells, SURROUNDINGS) / math.sqrt(n_bells))
+        self.bias = nn.Parameter(torch.linspace(-1.0, 1.0, SURROUNDINGS).repeat(knots, 1))
+        self.width = Width(n_bells, width * spread)
+
+    @property
+    def pushes(self) -> list[Push]:
+        """Coefficients of the stages; the more there are, the less each does."""
+        stages, knots = self.shares.shape
+        coefficients = [
+            (self.shares @ c.reshape(knots, -1)).view(stages, *c.shape[1:])
+            for c in (self.log_scale / stages, self.plain / stages, self.mixed / stages, self.sense, self.bias)
+        ]
+        return [Push(*stage) for stage in zip(*coefficients, strict=True)]
 
     def centre(self, z: Latents) -> Vectors:
         """f(z) (B, d)."""
         y = self.spread * z
         for push in self.pushes:
-            y = push(self.pairs, y)
+            y = self.pairs.pushed(push, y)
         return y
+
+    def centre_and_jacobian(self, z: Latents) -> tuple[Vectors, Matrices]:
+        """f(z) (B, d), and its derivatives (B, d, d)."""
+        first, *others = self.pushes
+        y, matrix = self.pairs.pushed_with_jacobian(first, self.spread * z)
+        for push in others:
+            y, stage = self.pairs.pushed_with_jacobian(push, y)
+            matrix = stage @ matrix
+        return y, self.spread * matrix
+
+    def backwards(self, x: Vectors, repeats: int) -> Latents:
+        """About the z (B, d) that f takes to x (B, d): stages undone from the last to the first, as what they would do
+        to what they have come to, `repeats` times over; off by the order 1/stages of that power."""
+        for push in reversed(self.pushes):
+            y = x
+            for _ in range(repeats):
+                y = y - (self.pairs.pushed(push, y) - x)
+            x = y
+        return x / self.spread
+
+    def log_width(self, centre: Vectors) -> Float[Tensor, "batch 1"]:
+        """ln w of where the pushes lead (B, d)."""
+        return self.width(self.pairs.bells(self.pairs.vectors(centre)))
 
     def conditional(self, z: Latents, tau: Scalars | None = None) -> Conditional:
         """x | z of latents (B, d); there is one temperature."""
         y = self.centre(z)
-        return Conditional(y, self.width(self.pairs.kernels(self.pairs.vectors(y))).expand_as(y))
-
-
-class PairScore(nn.Module):
-    """s = -(n + a s'(n, x, t))/w_t around latents m(x) that the decoder takes to x.
-
-    Args:
-        decoder: of the generator; it stays the decoder's, though the score trains it too.
-        diffusion: of the encoder.
-        rounds: stretches of the correction.
-        refinements: Newton steps towards m(x).
-        hidden, depth: of the network of time.
-    """
-
-    def __init__(
-        self, decoder: PairDecoder, diffusion: VariancePreserving, *, rounds: int = 3, refinements: int = 2,
-        hidden: int = 48, depth: int = 2,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self._decoder = (decoder,)  # a tuple hides it from the module's parameters
-        self.latent_dim, self.diffusion, self.rounds = decoder.latent_dim, diffusion, rounds
-        self.pairs, n_kernels = Pairs(decoder.pairs.n), decoder.pairs.n_kernels
-        self.pushes = nn.ModuleList(Push(n_kernels) for _ in decoder.pushes)
-        self.newton = nn.Parameter(torch.zeros(refinements, n_kernels, 2))
-        self.log_steps = nn.Parameter(torch.zeros(refinements))
-        self.width = Width(n_kernels, 1.2 * float(decoder.width.log_width.detach().exp()))
-        n = 2 * rounds + 1
-        self.time = perceptron(TIME_FEATURES, n_kernels * n + rounds, hidden=hidden, depth=depth)
-        self.sense = nn.Parameter(torch.randn(n_kernels, CONTEXT) / math.sqrt(n_kernels))
-        self.mixed = nn.Parameter(torch.zeros(CONTEXT, n_kernels, n))
-
-    def given(self, x: Vectors, tau: Scalars | None = None) -> Given:
-        """What is needed of x (B, d); the features are the kernels of its distances."""
-        decoder, m = self._decoder[0], x
-        for push in self.pushes:
-            m = push(self.pairs, m)
-        m, d = m / decoder.spread, self.pairs.vectors(x)
-        k, unit = self.pairs.kernels(d), unit_vectors(d)
-        for coefficients, log_step in zip(self.newton, self.log_steps, strict=True):
-            miss = (x - decoder.centre(m)) / decoder.spread
-            step = log_step.exp() * miss + self.pairs.stretched(k @ coefficients, unit, miss)
-            m = m + step / (1.0 + step.square().sum(1, keepdim=True) / LONGEST**2).sqrt()
-        return Given(x, k.flatten(1), m, self.width(k).expand_as(m), tau)
-
-    def parts(self, z: Latents, given: Given, t: Scalars) -> Parts:
-        """The score of latents z (B, d) at times (B,)."""
-        centre, width = given.frame(self.diffusion, t)
-        memory = self.diffusion.scale(t)[:, None]
-        d, k = self.pairs.vectors(given.x), given.features.unflatten(1, (-1, self.pairs.n_kernels))
-        unit, (coefficients, uniform) = unit_vectors(d), self._coefficients(k, t)
-        n = u = (z - centre) / width
-        for i in range(self.rounds):
-            pair = coefficients[..., 2 * i : 2 * i + 2]
-            u = u * (1.0 + uniform[:, i : i + 1]) + self.pairs.stretched(pair, unit, u)
-        shift = self.pairs.back(coefficients[..., -1:] * d)
-        return Parts(-n / width, -width.pow(-2).sum(1), -memory / width * (u - n + shift))
-
-    def _coefficients(self, k: PairFeatures, t: Scalars) -> tuple[Coefficients, Float[Tensor, "batch rounds"]]:
-        """Of the stretches and of the shift, for each pair (B, P, 2 rounds + 1); and of u itself."""
-        c, uniform = self.time(time_features(self.diffusion.clock(t))).tensor_split((-self.rounds,), 1)
-        around = self.pairs.around(k @ self.sense)
-        mixed = (k @ self.mixed.transpose(0, 1).flatten(1)).unflatten(2, (CONTEXT, -1))
-        plain = k @ c.unflatten(1, (self.pairs.n_kernels, -1))
-        return plain + (mixed * around[..., None]).sum(2), uniform
+        return Conditional(y, self.log_width(y).expand_as(y))

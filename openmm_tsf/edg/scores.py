@@ -24,7 +24,8 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from openmm_tsf.edg.decoders import Decoder, bounded, positive
 from openmm_tsf.edg.diffusion import VariancePreserving
@@ -41,6 +42,7 @@ class Given(NamedTuple):
         features: (B, k) what the correction reads of x and of its temperature.
         mean, log_width: (B, d_z) m and ln w of the base.
         tau: (B,) temperatures, where given.
+        axes: (B, d_z, d_z) orthonormal columns, along which the base has its widths; None for those of the latents.
     """
 
     x: Vectors
@@ -48,15 +50,24 @@ class Given(NamedTuple):
     mean: Latents
     log_width: Latents
     tau: Scalars | None
+    axes: Float[Tensor, "batch latents latents"] | None = None
 
     def repeated(self, n: int) -> Given:
         """All rows, n times over: (n B, ...)."""
         return Given(*(part if part is None else part.repeat(n, *[1] * (part.ndim - 1)) for part in self))
 
     def frame(self, diffusion: VariancePreserving, t: Scalars) -> tuple[Latents, Latents]:
-        """a m and w_t (B, d_z) at times (B,)."""
+        """a m, and w_t along the axes, (B, d_z) at times (B,)."""
         a, sigma = diffusion.scale(t)[:, None], diffusion.width(t)[:, None]
         return a * self.mean, torch.sqrt((a * self.log_width.exp()).square() + sigma.square())
+
+    def along_axes(self, v: Latents) -> Latents:
+        """Components of vectors (B, d_z) along the axes."""
+        return v if self.axes is None else (v[:, None] @ self.axes)[:, 0]
+
+    def from_axes(self, v: Latents) -> Latents:
+        """Vectors (B, d_z) of components along the axes."""
+        return v if self.axes is None else (self.axes @ v[..., None])[..., 0]
 
 
 class Parts(NamedTuple):

@@ -1,0 +1,141 @@
+"""The encoder's score for a decoder of pairs: the decoder run backwards, and a correction by sums over pairs.
+
+The base of the score is Laplace's approximation of the decoder's own posterior. Stages undone one by one guess the
+latents m that f takes to x, and damped Newton steps
+
+    m <- m + J^-1 (x - f(m)),    J = df/dz,
+
+find them. There f(z) + w xi is as good as linear, which makes z given x a Gaussian of precision P = 1 + J^T J/w^2
+around m - P^-1 m. Nothing of this is learned: the encoder is right for whatever the decoder has become. The narrower w
+is, the less the decoder bends within a width, and the better the approximation. Where Newton steps do not get to x, w
+grows by what is left, as a root of squares. What the approximation lacks is left to the correction: sums over pairs of
+n = V diag(1/w_t) V^T (z - a m'), V the axes of the Gaussian, w_t its widths and m' its mean,
+
+    u_i + sum_j [phi_ij u_ij + (psi_ij + chi_ij l/sqrt(1 + l^2)) l e_ij],    u_ij = u_i - u_j,    l = e_ij . u_ij,
+
+phi, psi and chi functions of the distances in x and of time, e_ij the unit vector from j to i. The first two change
+widths, the last makes what is a Gaussian skew.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openmm_tsf.edg.diffusion import VariancePreserving
+from openmm_tsf.edg.networks import TIME_FEATURES, Latents, time_features
+from openmm_tsf.edg.pairs import Matrices, PairDecoder, PairFeatures, Pairs, PairVectors, unit_vectors
+from openmm_tsf.edg.scores import Given, Parts
+from openmm_tsf.nets import perceptron
+from openmm_tsf.typing import Scalars, Vectors
+
+LONGEST = 1.0
+"""Norm of a step beyond which it is not believed: it never gets longer."""
+DAMPING = 1e-8
+"""Added to J^T J, as a share of its mean eigenvalue."""
+CLOSE = 1e-6
+"""Relative difference of eigenvalues below which axes are not differentiated."""
+
+
+class PairScore(nn.Module):
+    """s = -V diag(1/w_t) V^T [n + a s'(n, x, t)].
+
+    Args:
+        decoder: of the generator; it stays the decoder's, though the score trains it too.
+        diffusion: of the encoder.
+        repeats: of each stage on the way back; see `PairDecoder.backwards`.
+        refinements: Newton steps, at least one; another one follows with the same J.
+        hidden, depth: of the network of time.
+    """
+
+    def __init__(
+        self, decoder: PairDecoder, diffusion: VariancePreserving, *, repeats: int = 4, refinements: int = 1,
+        hidden: int = 48, depth: int = 2,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self._decoder = (decoder,)  # a tuple hides it from the module's parameters
+        self.latent_dim, self.diffusion = decoder.latent_dim, diffusion
+        self.repeats, self.refinements = repeats, refinements
+        self.pairs = Pairs(decoder.pairs.n)
+        self.time = perceptron(TIME_FEATURES, 3 * self.pairs.n_bells, hidden=hidden, depth=depth)
+
+    def given(self, x: Vectors, tau: Scalars | None = None) -> Given:
+        """What is needed of x (B, d); the features are the bells of its distances."""
+        decoder = self._decoder[0]
+        with torch.no_grad():  # what the latents depend on, the last step knows
+            m = decoder.backwards(x, self.repeats)
+            for _ in range(self.refinements):
+                centre, matrix = decoder.centre_and_jacobian(m)
+                m = m + _step(matrix, x - centre)
+        m = m + _step(matrix, x - decoder.centre(m))
+        centre, matrix = decoder.centre_and_jacobian(m)
+        square = torch.exp(2.0 * decoder.log_width(centre)) + (x - centre).square().mean(1, keepdim=True)
+        scaled = (matrix / square.sqrt()[..., None]).double()
+        values, axes = (v.to(m) for v in principal_axes(_square(scaled) + torch.eye(m.shape[1]).to(scaled)))
+        mean = m - (axes @ ((m[:, None] @ axes)[:, 0] / values)[..., None])[..., 0]
+        bells = self.pairs.bells(self.pairs.vectors(x))
+        return Given(x, bells.flatten(1), mean, -0.5 * values.log(), tau, axes)
+
+    def parts(self, z: Latents, given: Given, t: Scalars) -> Parts:
+        """The score of latents z (B, d) at times (B,)."""
+        centre, width = given.frame(self.diffusion, t)
+        memory = self.diffusion.scale(t)[:, None]
+        inner = given.along_axes(z - centre) / width
+        n = given.from_axes(inner)
+        bells = given.features.unflatten(1, (-1, self.pairs.n_bells))
+        coefficients = self.time(time_features(self.diffusion.clock(t))).unflatten(1, (self.pairs.n_bells, 3))
+        change = stretched(self.pairs, bells @ coefficients, unit_vectors(self.pairs.vectors(given.x)), n)
+        correction = -memory * given.from_axes(given.along_axes(change) / width)
+        return Parts(-given.from_axes(inner / width), -width.pow(-2).sum(1), correction)
+
+
+def stretched(pairs: Pairs, coefficients: PairFeatures, unit: PairVectors, u: Latents) -> Latents:
+    """sum_j [phi_ij u_ij + (psi_ij + chi_ij l/sqrt(1 + l^2)) l e_ij], l = e_ij . u_ij, with coefficients (B, P, 3)."""
+    d = pairs.vectors(u)
+    phi, psi, chi = coefficients.split(1, 2)
+    along = (unit * d).sum(2, keepdim=True)
+    skew = along / (1.0 + along.square()).sqrt()
+    return pairs.back(phi * d + (psi + chi * skew) * along * unit)
+
+
+def _square(matrix: Matrices) -> Matrices:
+    """J^T J."""
+    return matrix.transpose(1, 2) @ matrix
+
+
+def _step(matrix: Matrices, miss: Vectors) -> Latents:
+    """About J^-1 (x - f(m)): damped where J is singular, and never longer than `LONGEST`."""
+    j = matrix.double()
+    square = _square(j)
+    least = DAMPING * square.diagonal(dim1=1, dim2=2).mean(1)
+    root = torch.linalg.cholesky(square + least[:, None, None] * torch.eye(j.shape[1]).to(j))
+    step = torch.cholesky_solve(j.transpose(1, 2) @ miss.double()[..., None], root)[..., 0].to(miss)
+    return step / (1.0 + step.square().sum(1, keepdim=True) / LONGEST**2).sqrt()
+
+
+class _PrincipalAxes(torch.autograd.Function):
+    """Eigenvalues and eigenvectors; what depends on neither sign nor turn of them has gradients
+    where values coincide too, but for the part that would turn the coinciding ones."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        values, axes = torch.linalg.eigh(matrix)
+        ctx.save_for_backward(values, axes)
+        return values, axes
+
+    @staticmethod
+    def backward(ctx: Any, by_values: Tensor, by_axes: Tensor) -> Tensor:
+        values, axes = ctx.saved_tensors
+        gaps = values[:, None, :] - values[:, :, None]
+        least = CLOSE * values.amax(1)[:, None, None]
+        turning = (axes.transpose(1, 2) @ by_axes) * gaps / (gaps.square() + least.square())
+        middle = torch.diag_embed(by_values) + turning
+        gradient = axes @ middle @ axes.transpose(1, 2)
+        return 0.5 * (gradient + gradient.transpose(1, 2))
+
+
+def principal_axes(matrix: Matrices) -> tuple[Latents, Matrices]:
+    """Eigenvalues (B, d), ascending, and eigenvectors (B, d, d) as columns, of symmetric matrices; differentiable."""
+    return _PrincipalAxes.apply(matrix)
