@@ -118,6 +118,19 @@ def test_newton_steps_find_where_a_configuration_came_from():
     assert 0.1 > float((near - z).abs().max()) > 10.0 * off[0] and off[0] > 10.0 * off[1] and off[2] < 1e-8
 
 
+def test_the_base_is_as_wide_as_newton_steps_are_off():
+    """A guess that is no guess leaves latents unfound; to a base as narrow as the decoder they would be impossible."""
+    edg = roughened(6, width=1e-6)
+    z = torch.randn(200, 15, generator=seeded(1))
+    edg.score.repeats = 0
+    with torch.no_grad():
+        x = edg.decoder.centre(z)
+        given = edg.score.given(x)
+    off = given.along_axes(z - given.mean)
+    assert off.square().mean().sqrt() > 1e-3
+    assert (off / given.log_width.exp()).square().mean(1).median() < 10.0
+
+
 def test_the_base_is_the_posterior_of_a_narrow_decoder():
     """Laplace's approximation: its precision is minus the second derivative of ln p(z) p(x|z), where the first is 0."""
     edg = roughened(4, width=1e-3)
@@ -178,7 +191,7 @@ def test_principal_axes_have_derivatives():
 def trained(n):
     cluster = LennardJones(n)
     edg = build_edg(cluster.softened(), SETTINGS, seed=1)
-    settings = EDGTrainingSettings(steps=300, batch=128, anneal_share=0.0, learning_rate=4e-3)
+    settings = EDGTrainingSettings(steps=200, batch=128, anneal_share=0.0, learning_rate=4e-3)
     train_edg(edg, cluster.softened(), settings, seed=1)
     return edg
 

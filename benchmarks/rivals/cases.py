@@ -40,8 +40,7 @@ class Case:
         network: settings of the diffusion generator, those of its network decoder.
         dynamics: what differs for its Hamiltonian decoder.
         pairs: what differs for its decoder of pairs, of clusters alone.
-        most_steps: of its training, where the budget of energies would take hours.
-        steps: settings of its training.
+        steps: settings of its training; fewer steps than the budget pays for, where those would take hours.
         weighing: settings of `draw`.
         rivals: settings of rivals, by method.
     """
@@ -58,7 +57,6 @@ class Case:
     network: dict[str, Any] = field(default_factory=dict)
     dynamics: dict[str, Any] = field(default_factory=dict)
     pairs: dict[str, Any] = field(default_factory=dict)
-    most_steps: int = 200_000
     steps: dict[str, Any] = field(default_factory=dict)
     weighing: dict[str, Any] = field(default_factory=dict)
     rivals: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -138,6 +136,7 @@ def logistic(name: str) -> Case:
     return Case(
         name, "logistic", task.posterior, scale=0.5, evaluations=2_000_000, n=10_000, facts={"task": task},
         network={"hidden": 128}, dynamics={"stages": 2, "batch": 256, "step": 0.01},
+        steps={"anneal_share": 0.4, "learning_rate": 2e-3},
     )  # fmt: skip
 
 
@@ -149,8 +148,10 @@ def cluster(n: int) -> Case:
     return Case(
         f"LJ{n}", "lj", target, training=target.softened(), scale=0.7 if n < 20 else 1.1, evaluations=CLUSTERS[n],
         n=10_000 if n < 20 else 1_000, network={"hidden": 256}, dynamics={"stages": 5, "batch": 256, "step": 0.01},
-        pairs={"spread": 0.9, "width": 0.03, "stages": 5, "batch": 128}, most_steps=5_000,
-        steps={"anneal_from": 0.3, "anneal_share": 0.2, "learning_rate": 1.5e-3, "soften_above": 200.0},
+        pairs={"spread": 0.9, "width": 0.01, "stages": 12, "batch": 192, "steps": 1500, "learning_rate": 5e-3},
+        steps={
+            "steps": 5000, "anneal_from": 0.3, "anneal_share": 0.2, "learning_rate": 1.5e-3, "soften_above": 200.0,
+        },
     )  # fmt: skip
 
 

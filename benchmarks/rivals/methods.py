@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -26,31 +26,31 @@ Method = Callable[[Case, Budget, int, int], Drawn]
 
 DYNAMICS_RATE = 1e-3
 """Learning rate where draws go through gradients of the target: at 5e-3 three of the six modes of MoG6 were kept."""
+OF_TRAINING = tuple(field.name for field in fields(EDGTrainingSettings))
 
 
-def generator_settings(case: Case, decoder: str, score: str) -> tuple[EDGSettings, int, int]:
-    """Settings of a diffusion generator, draws in a step of its training, and energies that a step costs."""
-    special = {"hamiltonian": case.dynamics, "pairs": case.pairs}
-    given = {"spread": case.scale, **case.network, **special.get(decoder, {})}
-    batch = given.pop("batch", 512)
+def generator_settings(case: Case, decoder: str, score: str) -> tuple[EDGSettings, dict[str, Any], int]:
+    """Settings of a diffusion generator and of its training, "steps" being the most, and energies that a step costs."""
+    special = {"hamiltonian": {"learning_rate": DYNAMICS_RATE, **case.dynamics}, "pairs": case.pairs}
+    given = {"spread": case.scale, "batch": 512, **case.steps, **case.network, **special.get(decoder, {})}
+    training = {name: given.pop(name) for name in OF_TRAINING if name in given}
     settings = EDGSettings(decoder=decoder, score=score, **given)
     slopes = settings.stages * settings.leaps + 1 if decoder == "hamiltonian" else 0
-    return settings, batch, batch * (1 + 2 * slopes)
+    return settings, training, training["batch"] * (1 + 2 * slopes)
 
 
 def diffusion(case: Case, budget: Budget, n: int, seed: int, *, decoder: str, score: str, name: str) -> Drawn:
     """The diffusion generator; it stops with its steps, of which the budget of energies has so many."""
-    settings, batch, cost = generator_settings(case, decoder, score)
-    steps = min(case.most_steps, max(1, budget.evaluations // cost))
+    settings, given, cost = generator_settings(case, decoder, score)
     begin = time.process_time()
     edg = build_edg(case.learned, settings, seed=seed)
-    rate = {"learning_rate": DYNAMICS_RATE} if decoder == "hamiltonian" else {}
-    training = EDGTrainingSettings(**{"steps": steps, "batch": batch, **case.steps, **rate})
+    steps = max(1, min(budget.evaluations // cost, given.pop("steps", budget.evaluations)))
+    training = EDGTrainingSettings(steps=steps, **given)
     history = train_edg(edg, case.learned, training, seed=seed)
     middle = time.process_time()
     made = draw(edg, case.target, 1.0, n, generator=torch.Generator().manual_seed(seed), chunk=2048, **case.weighing)
     facts = {
-        "steps": training.steps, "batch": batch, "tolerance": made.tolerance and list(made.tolerance),
+        "steps": training.steps, "batch": training.batch, "tolerance": made.tolerance and list(made.tolerance),
         "n_parameters": sum(p.numel() for p in edg.parameters()),
         "n_function_evaluations": made.n_function_evaluations,
         "bound_training": history.rows[-1]["bound"], "n_nonfinite_training": history.n_nonfinite,
@@ -63,7 +63,8 @@ def diffusion(case: Case, budget: Budget, n: int, seed: int, *, decoder: str, sc
 
 def autoencoder(case: Case, budget: Budget, n: int, seed: int, *, decoder: str, name: str) -> Drawn:
     """The same decoder without the diffusion."""
-    settings, batch, cost = generator_settings(case, decoder, "variational")
+    settings, training, cost = generator_settings(case, decoder, "variational")
+    batch = training["batch"]
 
     def build(target: Counted) -> Decoder:
         return build_edg(target, settings, seed=seed).decoder.to(torch.get_default_dtype())
