@@ -9,6 +9,7 @@ import torch
 from molecules import perturbed, seeded
 
 from openmm_tsf.edg import EDGSettings, EDGTrainingSettings, build_edg, draw, encoder_log_prob, kl_bound, train_edg
+from openmm_tsf.edg.encoder_ode import encoder_sample
 from openmm_tsf.edg.lennard_jones import LennardJones, relative_basis
 from openmm_tsf.edg.pair_score import principal_axes, stretched
 from openmm_tsf.edg.pairs import BLUR, PairDecoder, Pairs, unit_vectors
@@ -77,6 +78,14 @@ def test_sums_over_pairs_are_what_they_say():
         expected[:, j[p]] -= force
     assert torch.allclose(basis.T @ stretched(pairs, coefficients, unit, u).view(2, 3, 3), expected)
     assert torch.allclose(pairs.around(coefficients)[..., 0], around)
+
+
+def test_latents_of_the_encoder_have_the_density_that_it_says():
+    edg = roughened(4, width=0.2)
+    x = edg.decoder.centre(torch.randn(5, 9, generator=seeded(1))).detach()
+    path = encoder_sample(edg, x, 1e-8, 1e-8, generator=seeded(2))
+    assert torch.allclose(encoder_log_prob(edg, path.start, x, 1e-8, 1e-8), path.log_prob, rtol=0.0, atol=1e-5)
+    assert edg.score.given(x).axes is not None
 
 
 def test_jacobians_are_those_of_autograd():
@@ -217,7 +226,7 @@ def test_weights_of_three_particles_have_the_exact_mean():
     edg = roughened(3, 0.01, spread=0.95, width=0.3)
     drawn = draw(edg, cluster, n=4000, generator=seeded(1), rtol=1e-3, atol=1e-3)
     assert abs(drawn.log_z - exact_log_z(3, 20.0)) < 4.0 * drawn.log_z_error < 0.1
-    chain = draw(edg, cluster, n=4000, generator=seeded(2), steps=20)
+    chain = draw(edg, cluster, n=4000, companions=1, generator=seeded(2), steps=20)
     assert abs(chain.log_z - exact_log_z(3, 20.0)) < 4.0 * chain.log_z_error < 0.2
 
 

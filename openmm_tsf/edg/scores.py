@@ -5,8 +5,9 @@ diffusion,
 
     -n / w_t,    n = (z - a m) / w_t,    w_t^2 = a^2 w^2 + sigma^2,
 
-which is -z for m = 0, w = 1. What depends on x alone is computed once, by `given`, for all the latents and times that
-go with an x.
+which is -z for m = 0, w = 1. Where the Gaussian has axes V of its own, n is V^T (z - a m)/w_t and the score -V n/w_t;
+the diffusion, which knows no directions, leaves them as they are. What depends on x alone is computed once, by
+`given`, for all the latents and times that go with an x.
 
     plain     s = -z + (1 - t) s'
     energy    s = -z + (1 - t) grad_z ln p_D(x|z) + t (1 - t) s'
