@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.interpolate import CubicSpline
 from torch import Tensor, nn
 
 from openmm_tsf.energy.coordinates import Corners, torsion
@@ -89,5 +88,7 @@ def _cells(energies: np.ndarray) -> np.ndarray:
 
 def _periodic_spline(values: np.ndarray) -> np.ndarray:
     """Coefficients (4, n, ...), cube first, of the pieces of the periodic cubic spline through values (n, ...)."""
+    from scipy.interpolate import CubicSpline  # 0.3 s of CPU, for the few that have such maps
+
     n = len(values)
     return CubicSpline(np.arange(n + 1), np.take(values, range(n + 1), axis=0, mode="wrap"), bc_type="periodic").c
