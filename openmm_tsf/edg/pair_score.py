@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openmm_tsf.edg.decoders import tamed
 from openmm_tsf.edg.diffusion import VariancePreserving
 from openmm_tsf.edg.networks import TIME_FEATURES, Latents, time_features
 from openmm_tsf.edg.pairs import Matrices, PairDecoder, PairFeatures, Pairs, PairVectors, unit_vectors
@@ -58,11 +59,10 @@ class PairScore(nn.Module):
         self._decoder = (decoder,)  # a tuple hides it from the module's parameters
         self.latent_dim, self.diffusion = decoder.latent_dim, diffusion
         self.repeats, self.refinements = repeats, refinements
-        self.pairs = Pairs(decoder.pairs.n)
-        self.time = perceptron(TIME_FEATURES, 3 * self.pairs.n_bells, hidden=hidden, depth=depth)
+        self.time = perceptron(TIME_FEATURES, 3 * decoder.pairs.n_bells, hidden=hidden, depth=depth)
 
     def given(self, x: Vectors, tau: Scalars | None = None) -> Given:
-        """What is needed of x (B, d); the features are the bells of its distances."""
+        """What is needed of x (B, d); the features are the bells and unit vectors of its pairs."""
         decoder = self._decoder[0]
         with torch.no_grad():  # what the latents depend on, the last step knows
             m = decoder.backwards(x, self.repeats)
@@ -75,8 +75,9 @@ class PairScore(nn.Module):
         scaled = (matrix / square.sqrt()[..., None]).double()
         values, axes = (v.to(m) for v in principal_axes(_square(scaled) + torch.eye(m.shape[1]).to(scaled)))
         mean = m - (axes @ ((m[:, None] @ axes)[:, 0] / values)[..., None])[..., 0]
-        bells = self.pairs.bells(self.pairs.vectors(x))
-        return Given(x, bells.flatten(1), mean, -0.5 * values.log(), tau, axes)
+        d = decoder.pairs.vectors(x)
+        features = torch.cat((decoder.pairs.bells(d), unit_vectors(d)), 2)
+        return Given(x, features.flatten(1), mean, -0.5 * values.log(), tau, axes)
 
     def parts(self, z: Latents, given: Given, t: Scalars) -> Parts:
         """The score of latents z (B, d) at times (B,)."""
@@ -84,9 +85,10 @@ class PairScore(nn.Module):
         memory = self.diffusion.scale(t)[:, None]
         inner = given.along_axes(z - centre) / width
         n = given.from_axes(inner)
-        bells = given.features.unflatten(1, (-1, self.pairs.n_bells))
-        coefficients = self.time(time_features(self.diffusion.clock(t))).unflatten(1, (self.pairs.n_bells, 3))
-        change = stretched(self.pairs, bells @ coefficients, unit_vectors(self.pairs.vectors(given.x)), n)
+        pairs = self._decoder[0].pairs
+        bells, unit = given.features.unflatten(1, (-1, pairs.n_bells + 3)).split((pairs.n_bells, 3), 2)
+        coefficients = self.time(time_features(self.diffusion.clock(t))).unflatten(1, (pairs.n_bells, 3))
+        change = stretched(pairs, bells @ coefficients, unit, n)
         correction = -memory * given.from_axes(given.along_axes(change) / width)
         return Parts(-given.from_axes(inner / width), -width.pow(-2).sum(1), correction)
 
@@ -96,8 +98,7 @@ def stretched(pairs: Pairs, coefficients: PairFeatures, unit: PairVectors, u: La
     d = pairs.vectors(u)
     phi, psi, chi = coefficients.split(1, 2)
     along = (unit * d).sum(2, keepdim=True)
-    skew = along / (1.0 + along.square()).sqrt()
-    return pairs.back(phi * d + (psi + chi * skew) * along * unit)
+    return pairs.back(phi * d + (psi + chi * tamed(along, 1.0)) * along * unit)
 
 
 def _square(matrix: Matrices) -> Matrices:

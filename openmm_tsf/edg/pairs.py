@@ -115,17 +115,21 @@ class Pairs(nn.Module):
         """Means over the pairs that share a particle with each pair."""
         return self.sharing @ features
 
-    def _surroundings(self, push: Push, bells: Bells) -> PairFeatures:
-        """What each pair knows of those around it, by the bells of all."""
-        return torch.tanh(SHARPNESS * self.around(bells @ push.sense) + push.bias)
+    def _phi(self, push: Push, bells: Bells) -> tuple[Lengths, PairFeatures, PairFeatures]:
+        """phi by the bells of all pairs, and the factors of its second part: each pair's own, and its surroundings."""
+        mixed = bells @ push.mixed
+        around = torch.tanh(SHARPNESS * self.around(bells @ push.sense) + push.bias)
+        return (bells @ push.plain + (mixed * around).sum(2))[..., None], mixed, around
+
+    def _by_coordinates(self, vectors: PairVectors) -> Float[Tensor, "batch pairs columns"]:
+        """Products (B, P, d) of the rows of `steps` with vectors of pairs."""
+        return (self.steps[:, :, None] * vectors[:, :, None, :]).flatten(2)
 
     def pushed(self, push: Push, y: Vectors) -> Vectors:
         """y (B, d) after a stage."""
         y = y * push.log_scale.exp()
         d = self.vectors(y)
-        k = self.bells(d)
-        phi = k @ push.plain + ((k @ push.mixed) * self._surroundings(push, k)).sum(2)
-        return y + self.back(phi[..., None] * d)
+        return y + self.back(self._phi(push, self.bells(d))[0] * d)
 
     def pushed_with_jacobian(self, push: Push, y: Vectors) -> tuple[Vectors, Matrices]:
         """The same, and d pushed/d y (B, d, d).
@@ -137,18 +141,14 @@ class Pairs(nn.Module):
         y = y * scale
         d = self.vectors(y)
         k, slope = self.bells_and_slopes(d)
-        mixed, around = k @ push.mixed, self._surroundings(push, k)
-        phi = k @ push.plain + (mixed * around).sum(2)
+        phi, mixed, around = self._phi(push, k)
         own = slope @ push.plain + ((slope @ push.mixed) * around).sum(2)
         sensitive = SHARPNESS * mixed * (1.0 - around.square())
         others = (sensitive @ (slope @ push.sense).transpose(1, 2)) * self.sharing
-        along = (self.steps[:, :, None] * unit_vectors(d)[:, :, None, :]).flatten(2)
-        felt = own[..., None] * along + others @ along
-        matrix = (self.steps[:, :, None] * d[:, :, None, :]).flatten(2).transpose(1, 2) @ felt
-        plain = (self.steps.T * phi[:, None, :]) @ self.steps
-        three, whole = (torch.eye(m, dtype=y.dtype, device=y.device) for m in (3, y.shape[1]))
-        spread = (plain[:, :, None, :, None] * three[:, None, :]).flatten(3).flatten(1, 2)
-        return y + self.back(phi[..., None] * d), scale * (matrix + spread + whole)
+        along = self._by_coordinates(unit_vectors(d))
+        matrix = self._by_coordinates(d).transpose(1, 2) @ (own[..., None] * along + others @ along)
+        plain = torch.kron((self.steps.T * phi[..., 0][:, None]) @ self.steps, torch.eye(3).to(y))
+        return y + self.back(phi * d), scale * (matrix + plain + torch.eye(y.shape[1]).to(y))
 
 
 def lengths(d: PairVectors) -> Lengths:
