@@ -85,6 +85,7 @@ class ExactScore(nn.Module):
 
     def __init__(self, gain, sig, *, as_correction):
         super().__init__()
+        self.corrected = as_correction
         self.gain, self.as_correction = gain / (gain**2 + sig**2), as_correction
         self.v = sig**2 / (gain**2 + sig**2)
 

@@ -44,7 +44,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from openmm_tsf.edg.generator import EDG
-from openmm_tsf.edg.networks import Latents, Target
+from openmm_tsf.edg.networks import Latents, Target, log_normal
 from openmm_tsf.edg.scores import Given
 from openmm_tsf.typing import Scalars, Vectors
 
@@ -62,6 +62,8 @@ class BoundSample:
         encoder: the integrals over time [nat].
         n_nonfinite: draws left out because their energy, its gradient or x itself was not finite.
         n_energy_evaluations: of the target; a gradient counts one, and so does a product with its Hessian.
+        x: (B, d) the draws that are not left out.
+        log_weights: (B,) of these with their latents, the encoder's base being the encoder [nat]; see `walkers`.
     """
 
     loss: Float[Tensor, ""]
@@ -72,6 +74,8 @@ class BoundSample:
     encoder: float
     n_nonfinite: int
     n_energy_evaluations: int
+    x: Vectors
+    log_weights: Scalars
 
 
 def kl_bound(
@@ -116,8 +120,10 @@ def kl_bound(
         evaluations += len(rows) * (1 + edg.decoder.n_slopes)
         drawn = _decode(edg, target, z, xi, taus, soften_above)
     given = edg.score.given(drawn.x, taus)
-    inner = integrand(edg, z.repeat(times, 1), given.repeated(times) if times > 1 else given, u, eps)
-    inner = inner.view(times, -1).mean(0) + base_integral(edg, z, given)
+    inner = base_integral(edg, z, given)
+    if edg.score.corrected:
+        more = integrand(edg, z.repeat(times, 1), given.repeated(times) if times > 1 else given, u, eps)
+        inner = inner + more.view(times, -1).mean(0)
     # -ln p_D(x|z_0) has the gradient of the entropy that is its mean, and scatters along with the rest
     entropy = drawn.entropy.detach() + 0.5 * (xi.square() - 1.0).sum(1)
     rows = drawn.energy - entropy + inner.detach()
@@ -132,6 +138,8 @@ def kl_bound(
         encoder=float(inner.detach().mean()),
         n_nonfinite=n_bad,
         n_energy_evaluations=evaluations,
+        x=drawn.x.detach(),
+        log_weights=(given.log_prob(z) - log_normal(z) + entropy - drawn.energy).detach(),
     )
 
 

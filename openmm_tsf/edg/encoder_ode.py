@@ -115,6 +115,8 @@ class _Flow:
 
     def follow(self, n: Latents, clock: tuple[float, float], rtol: float, atol: float) -> tuple[Latents, Scalars]:
         """n at the second time, and ln|det| of how it depends on n at the first."""
+        if not self.edg.score.corrected:
+            return n, torch.zeros_like(n[:, 0])
         state, problem = torch.cat((n, torch.zeros_like(n[:, :1])), 1), ""
         times = torch.tensor(clock, dtype=n.dtype, device=n.device)
         options = {"max_num_steps": max(1, self.most // 6)}

@@ -1,20 +1,14 @@
-"""The encoder's score for a decoder of pairs: the decoder run backwards, and a correction by sums over pairs.
+"""The encoder's score for a decoder of pairs: the decoder run backwards.
 
-The base of the score is Laplace's approximation of the decoder's own posterior. Stages undone one by one guess the
-latents m that f takes to x, and damped Newton steps
+Its base is Laplace's approximation of the decoder's own posterior. Stages undone one by one guess the latents m that f
+takes to x, and damped Newton steps
 
     m <- m + J^-1 (x - f(m)),    J = df/dz,
 
 find them. There f(z) + w xi is as good as linear, which makes z given x a Gaussian of precision P = 1 + J^T J/w^2
 around m - P^-1 m. Nothing of this is learned: the encoder is right for whatever the decoder has become. The narrower w
-is, the less the decoder bends within a width, and the better the approximation. Where Newton steps do not get to x, w
-grows by what is left, as a root of squares. What the approximation lacks is left to the correction: sums over pairs of
-n = V diag(1/w_t) V^T (z - a m'), V the axes of the Gaussian, w_t its widths and m' its mean,
-
-    u_i + sum_j [phi_ij u_ij + (psi_ij + chi_ij l/sqrt(1 + l^2)) l e_ij],    u_ij = u_i - u_j,    l = e_ij . u_ij,
-
-phi, psi and chi functions of the distances in x and of time, e_ij the unit vector from j to i. The first two change
-widths, the last makes what is a Gaussian skew.
+is, the less the decoder bends within a width, and the better the approximation, so that it needs no correction. Where
+Newton steps do not get to x, w grows by what is left, as a root of squares.
 """
 
 from __future__ import annotations
@@ -24,12 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openmm_tsf.edg.decoders import tamed
 from openmm_tsf.edg.diffusion import VariancePreserving
-from openmm_tsf.edg.networks import TIME_FEATURES, Latents, time_features
-from openmm_tsf.edg.pairs import Matrices, PairDecoder, PairFeatures, Pairs, PairVectors, unit_vectors
+from openmm_tsf.edg.networks import Latents
+from openmm_tsf.edg.pairs import Matrices, PairDecoder
 from openmm_tsf.edg.scores import Given, Parts
-from openmm_tsf.nets import perceptron
 from openmm_tsf.typing import Scalars, Vectors
 
 LONGEST = 1.0
@@ -41,28 +33,27 @@ CLOSE = 1e-6
 
 
 class PairScore(nn.Module):
-    """s = -V diag(1/w_t) V^T [n + a s'(n, x, t)].
+    """s = -V diag(1/w_t) n.
 
     Args:
-        decoder: of the generator; it stays the decoder's, though the score trains it too.
+        decoder: of the generator; it stays the decoder's; the score has no parameters of its own.
         diffusion: of the encoder.
         repeats: of each stage on the way back; see `PairDecoder.backwards`.
         refinements: Newton steps, at least one; another one follows with the same J.
-        hidden, depth: of the network of time.
     """
 
+    corrected = False
+
     def __init__(
-        self, decoder: PairDecoder, diffusion: VariancePreserving, *, repeats: int = 4, refinements: int = 1,
-        hidden: int = 48, depth: int = 2,
-    ) -> None:  # fmt: skip
+        self, decoder: PairDecoder, diffusion: VariancePreserving, *, repeats: int = 4, refinements: int = 1
+    ) -> None:
         super().__init__()
         self._decoder = (decoder,)  # a tuple hides it from the module's parameters
         self.latent_dim, self.diffusion = decoder.latent_dim, diffusion
         self.repeats, self.refinements = repeats, refinements
-        self.time = perceptron(TIME_FEATURES, 3 * decoder.pairs.n_bells, hidden=hidden, depth=depth)
 
     def given(self, x: Vectors, tau: Scalars | None = None) -> Given:
-        """What is needed of x (B, d); the features are the bells and unit vectors of its pairs."""
+        """What is needed of x (B, d)."""
         decoder = self._decoder[0]
         with torch.no_grad():  # what the latents depend on, the last step knows
             m = decoder.backwards(x, self.repeats)
@@ -75,30 +66,13 @@ class PairScore(nn.Module):
         scaled = (matrix / square.sqrt()[..., None]).double()
         values, axes = (v.to(m) for v in principal_axes(_square(scaled) + torch.eye(m.shape[1]).to(scaled)))
         mean = m - (axes @ ((m[:, None] @ axes)[:, 0] / values)[..., None])[..., 0]
-        d = decoder.pairs.vectors(x)
-        features = torch.cat((decoder.pairs.bells(d), unit_vectors(d)), 2)
-        return Given(x, features.flatten(1), mean, -0.5 * values.log(), tau, axes)
+        return Given(x, x[:, :0], mean, -0.5 * values.log(), tau, axes)
 
     def parts(self, z: Latents, given: Given, t: Scalars) -> Parts:
         """The score of latents z (B, d) at times (B,)."""
         centre, width = given.frame(self.diffusion, t)
-        memory = self.diffusion.scale(t)[:, None]
-        inner = given.along_axes(z - centre) / width
-        n = given.from_axes(inner)
-        pairs = self._decoder[0].pairs
-        bells, unit = given.features.unflatten(1, (-1, pairs.n_bells + 3)).split((pairs.n_bells, 3), 2)
-        coefficients = self.time(time_features(self.diffusion.clock(t))).unflatten(1, (pairs.n_bells, 3))
-        change = stretched(pairs, bells @ coefficients, unit, n)
-        correction = -memory * given.from_axes(given.along_axes(change) / width)
-        return Parts(-given.from_axes(inner / width), -width.pow(-2).sum(1), correction)
-
-
-def stretched(pairs: Pairs, coefficients: PairFeatures, unit: PairVectors, u: Latents) -> Latents:
-    """sum_j [phi_ij u_ij + (psi_ij + chi_ij l/sqrt(1 + l^2)) l e_ij], l = e_ij . u_ij, with coefficients (B, P, 3)."""
-    d = pairs.vectors(u)
-    phi, psi, chi = coefficients.split(1, 2)
-    along = (unit * d).sum(2, keepdim=True)
-    return pairs.back(phi * d + (psi + chi * tamed(along, 1.0)) * along * unit)
+        score = -given.from_axes(given.along_axes(z - centre) / width.square())
+        return Parts(score, -width.pow(-2).sum(1), torch.zeros_like(score))
 
 
 def _square(matrix: Matrices) -> Matrices:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from openmm_tsf.edg.decoders import Decoder, bounded, positive
 from openmm_tsf.edg.diffusion import VariancePreserving
-from openmm_tsf.edg.networks import TIME_FEATURES, Features, Latents, time_features, with_temperature
+from openmm_tsf.edg.networks import TIME_FEATURES, Features, Latents, log_normal, time_features, with_temperature
 from openmm_tsf.nets import perceptron
 from openmm_tsf.typing import Scalars, Vectors
 
@@ -62,6 +62,14 @@ class Given(NamedTuple):
         a, sigma = diffusion.scale(t)[:, None], diffusion.width(t)[:, None]
         return a * self.mean, torch.sqrt((a * self.log_width.exp()).square() + sigma.square())
 
+    def latents(self, noise: Latents) -> Latents:
+        """Draws of the base at t = 0, of N(0, I) noise (B, d_z)."""
+        return self.mean + self.from_axes(self.log_width.exp() * self.along_axes(noise))
+
+    def log_prob(self, z: Latents) -> Scalars:
+        """ln of the base's density at t = 0 (B,) of latents (B, d_z)."""
+        return log_normal(self.along_axes(z - self.mean) * torch.exp(-self.log_width), self.log_width)
+
     def along_axes(self, v: Latents) -> Latents:
         """Components of vectors (B, d_z) along the axes."""
         return v if self.axes is None else (v[:, None] @ self.axes)[:, 0]
@@ -87,9 +95,10 @@ class Parts(NamedTuple):
 
 @runtime_checkable
 class Score(Protocol):
-    """What a generator asks of a score."""
+    """What a generator asks of a score. Without a correction the base is all there is, and the encoder a Gaussian."""
 
     latent_dim: int
+    corrected: bool
 
     def given(self, x: Vectors, tau: Scalars | None = None) -> Given: ...
 
@@ -106,6 +115,8 @@ class PlainScore(nn.Module):
         spread: about the standard deviation of x.
         conditioned: whether ln tau is an input.
     """
+
+    corrected = True
 
     def __init__(
         self, latent_dim: int, dim: int, diffusion: VariancePreserving, *, hidden: int = 128, depth: int = 3,
@@ -137,6 +148,8 @@ class EnergyScore(nn.Module):
         decoder: of the generator; it stays the decoder's, its parameters are not the score's.
         plain: the network s' in its plain form, and the rest of the arguments.
     """
+
+    corrected = True
 
     def __init__(self, decoder: Decoder, plain: PlainScore) -> None:
         super().__init__()

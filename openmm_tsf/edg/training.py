@@ -16,6 +16,8 @@ import torch
 from openmm_tsf.edg.bound import BoundSample, check_target, kl_bound
 from openmm_tsf.edg.generator import EDG
 from openmm_tsf.edg.networks import Target
+from openmm_tsf.edg.scores import EnergyScore, PlainScore
+from openmm_tsf.edg.walkers import FAR, Walkers, learn_from
 from openmm_tsf.files import write_text
 from openmm_tsf.nets import follow
 from openmm_tsf.storage import read_state, write_state
@@ -40,6 +42,9 @@ class EDGTrainingSettings:
         weight_average: decay of the exponential average of the weights that is kept as the result.
         clip: largest norm of the gradient, as a multiple of the recent ones' average.
         soften_above: reduced energies above this pull like their logarithm only; None for never.
+        walkers: at equilibrium with the target, which are learned from as well once annealing is over; see `walkers`.
+            At most as many as draws in a step. 0 for none.
+        leaps: leapfrog steps that each walker takes in a step, each costing an energy and its gradient.
         record_every: steps between rows of the history, which average what lies between.
         checkpoint_every: steps between checkpoints.
     """
@@ -53,11 +58,13 @@ class EDGTrainingSettings:
     weight_average: float = 0.998
     clip: float = 3.0
     soften_above: float | None = None
+    walkers: int = 0
+    leaps: int = 20
     record_every: int = 100
     checkpoint_every: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "times", "record_every", "checkpoint_every"):
+        for name in ("steps", "batch", "times", "leaps", "record_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training setting {name} must be at least 1, not {getattr(self, name)}")
         for name in ("learning_rate", "clip", "anneal_from"):
@@ -66,6 +73,8 @@ class EDGTrainingSettings:
         for name in ("anneal_share", "weight_average"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"training setting {name} must be in [0, 1), not {getattr(self, name):g}")
+        if not 0 <= self.walkers <= self.batch:
+            raise ValueError(f"there are between 0 and batch = {self.batch} walkers, not {self.walkers}")
 
 
 @dataclass
@@ -74,7 +83,8 @@ class EDGHistory:
 
     Attributes:
         rows: with step, bound (less ln Z [nat], of the target as heated), energy, entropy, encoder, heat,
-            learning_rate, n_nonfinite.
+            learning_rate, n_nonfinite; and, of walkers, forward (mean ln w, at least ln Z at equilibrium), n_far (those
+            left out of this mean, see `walkers.FAR`) and step_size, in steps that have them.
         n_energy_evaluations: of the target; see `bound.BoundSample`.
         n_nonfinite: draws left out, since their energy or its gradient was not finite.
         n_left_out: steps left out, since the gradient by the parameters was not finite.
@@ -110,7 +120,7 @@ def train_edg(
 
     Raises:
         ValueError: a target of another dimension, temperatures that do not fit the generator, or a checkpoint of
-            another run.
+            another run; walkers for a range of temperatures, or for a score that they cannot be learned with.
         RuntimeError: no draw of a step has a finite energy, or the gradients of `MOST_LEFT_OUT` steps in a row are not
             finite.
 
@@ -131,6 +141,8 @@ class _Trainer:
     ) -> None:  # fmt: skip
         self.result, self.target, self.settings = edg, target, settings
         self.range = _checked_range(temperatures, edg)
+        if settings.walkers:
+            _check_walking(edg, self.range)
         self.path = None if directory is None else Path(directory) / "edg_training.pt"
         self.edg = copy.deepcopy(edg).float()
         self.average = copy.deepcopy(self.edg)
@@ -138,6 +150,7 @@ class _Trainer:
         self.generator = torch.Generator().manual_seed(seed)
         self.step, self.norm, self.left_out, self.history = 0, 0.0, 0, EDGHistory()
         self.recent: list[dict[str, float]] = []
+        self.walkers: Walkers | None = None
         facts = {"seed": seed, "temperatures": list(self.range), "shapes": [list(p.shape) for p in edg.parameters()]}
         self.identity = json.dumps({**facts, **asdict(settings)})
 
@@ -146,8 +159,8 @@ class _Trainer:
         self._resume()
         before, begin = self.history.seconds, time.perf_counter()
         while self.step < settings.steps:
-            sample = self._step()
-            self._record(sample)
+            sample, row = self._step()
+            self._record(sample, row)
             self.history.seconds = before + time.perf_counter() - begin
             if self.step % settings.checkpoint_every == 0 or self.step == settings.steps:
                 self._save()
@@ -158,26 +171,47 @@ class _Trainer:
         self.result.load_state_dict(self.average.state_dict())
         return self.history
 
-    def _step(self) -> BoundSample:
+    def _step(self) -> tuple[BoundSample, dict[str, float]]:
+        """One step of the optimiser: the bound, and what else there is to record."""
         settings = self.settings
         self._set_rate()
         tau = self._heat() * self._temperatures()
         above = math.inf if settings.soften_above is None else settings.soften_above
         options = {"times": settings.times, "soften_above": above, "generator": self.generator}
         sample = kl_bound(self.edg, self.target, settings.batch, tau=tau, **options)
+        loss, row = self._with_walkers(sample) if self._walking() else (sample.loss, {})
         self.optimiser.zero_grad()
-        sample.loss.backward()
+        loss.backward()
         limit = settings.clip * self.norm if self.norm else math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.edg.parameters(), limit))
         self.step += 1
         if not math.isfinite(norm):
             self._leave_out()
-            return sample
+            return sample, row
         self.left_out = 0
         self.norm = min(norm, limit) if not self.norm else 0.98 * self.norm + 0.02 * min(norm, limit)
         self.optimiser.step()
         follow(self.average.parameters(), self.edg.parameters(), self.settings.weight_average, self.step)
-        return sample
+        return sample, row
+
+    def _walking(self) -> bool:
+        """Whether there are walkers in this step."""
+        return self.settings.walkers > 0 and self.step >= self.settings.anneal_share * self.settings.steps
+
+    def _with_walkers(self, sample: BoundSample) -> tuple[torch.Tensor, dict[str, float]]:
+        """The loss of draws and walkers, each counting as much, and what there is to record."""
+        settings, seeded = self.settings, {"generator": self.generator}
+        if self.walkers is None:
+            self.walkers = Walkers(sample.x[: settings.walkers])
+        walkers = self.walkers
+        energy = walkers.move(self.target, settings.leaps, **seeded)
+        self.history.n_energy_evaluations += len(energy) * (settings.leaps + 1)
+        loss, log_weights = learn_from(self.edg, walkers.x, energy, **seeded)
+        walkers.offer(sample.x, sample.log_weights, log_weights, **seeded)
+        near = log_weights <= log_weights.nanmedian() + FAR
+        row = {"forward": float(log_weights[near].mean()), "n_far": float((~near).sum()), "step_size": walkers.step}
+        share = len(energy) / (len(energy) + settings.batch)
+        return (1.0 - share) * sample.loss + share * loss, row
 
     def _leave_out(self) -> None:
         """Count a step without a finite gradient; raises where there were many in a row."""
@@ -206,18 +240,18 @@ class _Trainer:
         low, high = (math.log(t) for t in self.range)
         return torch.exp(low + (high - low) * torch.rand(self.settings.batch, generator=self.generator))
 
-    def _record(self, sample: BoundSample) -> None:
+    def _record(self, sample: BoundSample, row: dict[str, float]) -> None:
         history = self.history
         history.n_energy_evaluations += sample.n_energy_evaluations
         history.n_nonfinite += sample.n_nonfinite
-        names = ("value", "energy", "entropy", "encoder", "n_nonfinite")
-        self.recent.append({name: float(getattr(sample, name)) for name in names})
+        parts = {name: float(getattr(sample, name)) for name in ("energy", "entropy", "encoder", "n_nonfinite")}
+        self.recent.append({"bound": sample.value, **parts, **row})
         if self.step % self.settings.record_every and self.step != self.settings.steps:
             return
-        means = {name: sum(row[name] for row in self.recent) / len(self.recent) for name in names}
+        columns = {name: [row[name] for row in self.recent if name in row] for name in self.recent[-1]}
+        means = {name: sum(column) / len(column) for name, column in columns.items()}
         rate = self.optimiser.param_groups[0]["lr"]
-        row = {"step": self.step, "bound": means.pop("value"), **means, "heat": self._heat(), "learning_rate": rate}
-        history.rows.append(row)
+        history.rows.append({"step": self.step, **means, "heat": self._heat(), "learning_rate": rate})
         self.recent = []
 
     def _save(self) -> None:
@@ -229,6 +263,7 @@ class _Trainer:
             "edg": self.edg.state_dict(), "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(), "generator": self.generator.get_state(), "recent": self.recent,
             "history": asdict(self.history),
+            "walkers": None if self.walkers is None else {"x": self.walkers.x, "step": self.walkers.step},
         }  # fmt: skip
         write_state(self.path, state)
         write_text(self.path.parent / "history.json", json.dumps(asdict(self.history), indent=1))
@@ -247,6 +282,20 @@ class _Trainer:
         self.step, self.norm, self.recent = state["step"], state["norm"], state["recent"]
         self.left_out = state["left_out"]
         self.history = EDGHistory(**state["history"])
+        if state["walkers"] is not None:
+            self.walkers = Walkers(**state["walkers"])
+
+
+def _check_walking(edg: EDG, temperatures: tuple[float, float]) -> None:
+    """Refuse walkers where they cannot be learned from.
+
+    Raises:
+        ValueError: temperatures other than 1, or a score whose base knows nothing of x.
+    """
+    if temperatures != (1.0, 1.0):
+        raise ValueError(f"walkers live at one temperature, tau = 1, not {list(temperatures)}")
+    if isinstance(edg.score, (PlainScore, EnergyScore)):
+        raise ValueError("walkers need latents from a base that knows x; the plain and the energy score have none")
 
 
 def _checked_range(temperatures: Sequence[float], edg: EDG) -> tuple[float, float]:

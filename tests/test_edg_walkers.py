@@ -1,0 +1,222 @@
+"""Walkers of training: their equilibrium, the opposite divergence, and what a generator learns of them."""
+
+import math
+
+import pytest
+import torch
+from molecules import perturbed, seeded
+
+from openmm_tsf.edg import EDGSettings, EDGTrainingSettings, build_edg, draw, kl_bound, train_edg
+from openmm_tsf.edg.lennard_jones import LennardJones
+from openmm_tsf.edg.networks import log_normal
+from openmm_tsf.edg.walkers import FAR, Walkers, learn_from, log_density
+
+
+class Correlated:
+    """U = x K x/2 in two dimensions."""
+
+    dim = 2
+    stiffness = torch.tensor([[3.0, 1.2], [1.2, 0.8]], dtype=torch.float64)
+    log_z = math.log(2.0 * math.pi) - 0.5 * math.log(3.0 * 0.8 - 1.2**2)
+
+    def __call__(self, x):
+        return 0.5 * ((x @ self.stiffness.to(x)) * x).sum(1)
+
+    def samples(self, n, generator):
+        root = torch.linalg.cholesky(torch.linalg.inv(self.stiffness))
+        return torch.randn(n, 2, generator=generator) @ root.T
+
+
+class Quartic:
+    """U = x^4 in one dimension."""
+
+    dim = 1
+
+    def __call__(self, x):
+        return x[:, 0] ** 4
+
+
+def test_walkers_come_to_the_target_and_stay():
+    """From far away, by steps so long that without the test of Metropolis they would be off."""
+    walkers = Walkers(1.5 + 0.1 * torch.randn(20_000, 1, generator=seeded(1)), step=0.5)
+    x = torch.linspace(-4.0, 4.0, 4001)
+    weight = torch.exp(-(x**4))
+    expected = [float((x**k * weight).sum() / weight.sum()) for k in (2, 4)]
+    generator = seeded(2)
+    for _ in range(60):
+        energy = walkers.move(Quartic(), 3, generator=generator)
+    assert torch.equal(energy, Quartic()(walkers.x))
+    found = [(float((walkers.x**k).mean()), float((walkers.x**k).std()) / 20_000**0.5) for k in (1, 2, 4)]
+    assert abs(found[0][0]) < 4.0 * found[0][1]
+    for (mean, error), exact in zip(found[1:], expected, strict=True):
+        assert abs(mean - exact) < 4.0 * error < 0.06 * exact
+
+
+def test_step_sizes_find_the_wanted_acceptance():
+    for step in (0.001, 10.0):
+        walkers, generator, shares = Walkers(Correlated().samples(500, seeded(1)), step), seeded(2), []
+        for i in range(200):
+            before = walkers.x
+            walkers.move(Correlated(), 4, generator=generator)
+            if i >= 150:
+                shares.append(float((walkers.x != before).any(1).double().mean()))
+        assert 0.7 < sum(shares) / 50 < 0.9
+    assert Walkers(Correlated().samples(500, seeded(1))).step == pytest.approx(0.02, rel=0.5)
+
+
+def test_walkers_stay_where_energies_are():
+    class Holes(Correlated):
+        def __call__(self, x):
+            return torch.where(x[:, 0] > 0.0, torch.nan, super().__call__(x))
+
+    walkers, generator = Walkers(-Correlated().samples(200, seeded(1)).abs(), step=0.3), seeded(2)
+    for _ in range(10):
+        energy = walkers.move(Holes(), 3, generator=generator)
+    assert torch.isfinite(energy).all() and (walkers.x[:, 0] <= 0.0).all()
+    assert 0.01 < walkers.step < 1.0
+
+
+def test_draws_that_are_offered_bring_walkers_where_they_should_be():
+    """From one of two states that nothing else connects to the shares that weights give them."""
+    share, drawn_share, n = 0.8, 0.3, 20_000
+
+    def log_weight(x):
+        right = x[:, 0] > 0.0
+        return torch.where(right, math.log(share / drawn_share), math.log((1.0 - share) / (1.0 - drawn_share)))
+
+    walkers, generator = Walkers(-torch.ones(n, 1), step=1.0), seeded(1)
+    for _ in range(30):
+        x = torch.where(torch.rand(n, 1, generator=generator) < drawn_share, 1.0, -1.0)
+        walkers.offer(x, log_weight(x), log_weight(walkers.x), generator=generator)
+    assert abs(float((walkers.x > 0).double().mean()) - share) < 4.0 * math.sqrt(share * (1 - share) / n)
+    few = Walkers(-torch.ones(5, 1), step=1.0)
+    few.offer(torch.ones(3, 1), torch.zeros(3), torch.full((5,), -torch.inf), generator=generator)
+    assert few.x[:, 0].tolist() == [1.0, 1.0, 1.0, -1.0, -1.0]
+    few.offer(-torch.ones(5, 1), torch.zeros(5), torch.full((5,), torch.nan), generator=generator)
+    assert few.x[:, 0].tolist() == [1.0, 1.0, 1.0, -1.0, -1.0]
+
+
+def clusters(n, width):
+    edg = build_edg(LennardJones(n), EDGSettings(decoder="pairs", score="pairs", stages=4, spread=0.9), seed=1)
+    perturbed(edg.decoder, 0.03, 3)
+    with torch.no_grad():
+        edg.decoder.width.start = math.log(width)
+    return edg
+
+
+def test_densities_of_a_narrow_decoder_are_its_determinants():
+    """Whatever the noise of the latents: in the limit there is one density, N(z; 0, I)/|det J|."""
+    edg = clusters(4, 1e-4)
+    z = torch.randn(20, 9, generator=seeded(1))
+    x, jacobian = edg.decoder.centre_and_jacobian(z)
+    exact = log_normal(z) - torch.linalg.slogdet(jacobian)[1]
+    for seed in (2, 3):
+        found = log_density(edg, x, torch.randn(20, 9, generator=seeded(seed)))
+        assert torch.allclose(found, exact, rtol=0.0, atol=0.02)
+    assert (exact - log_normal(x / 0.9)).abs().max() > 0.3
+
+
+def test_gradients_are_finite_differences():
+    """With those of the latents, which are found by running the decoder backwards."""
+    edg, cluster = clusters(4, 0.05), LennardJones(4)
+    edg.score.refinements = 5
+    x = edg.decoder.centre(torch.randn(8, 9, generator=seeded(1))).detach()
+    energy = cluster(x)
+
+    def value():
+        return learn_from(edg, x, energy, generator=seeded(5))[0]
+
+    value().backward()
+    for name in ("plain", "sense", "log_scale", "width.change"):
+        parameter = dict(edg.decoder.named_parameters())[name]
+        direction = torch.randn(parameter.shape, generator=seeded(6))
+        values = []
+        with torch.no_grad():
+            for step in (1e-5, -2e-5):
+                parameter += step * direction
+                values.append(float(value()))
+            parameter += 1e-5 * direction
+        expected = (values[0] - values[1]) / 2e-5
+        assert float((parameter.grad * direction).sum()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_two_divergences_enclose_the_partition_function():
+    """E[ln w] over exact samples and over draws, of a generator that has learned little; weights have the mean Z."""
+    target = Correlated()
+    edg = build_edg(target, EDGSettings(score="variational", hidden=24, depth=2), seed=1)
+    x = target.samples(20_000, seeded(3))
+    above = learn_from(edg, x, target(x), generator=seeded(4))[1]
+    below = kl_bound(edg, target, 20_000, generator=seeded(5))
+    error = float(above.std()) / 20_000**0.5
+    assert above.mean() > target.log_z + 20.0 * error
+    assert -below.value < target.log_z - 20.0 * below.error
+    assert float(below.log_weights.mean()) == pytest.approx(-below.value, abs=4.0 * below.error)
+    z_error = float(torch.exp(below.log_weights).std()) / 20_000**0.5
+    assert abs(float(torch.exp(below.log_weights).mean()) - math.exp(target.log_z)) < 4.0 * z_error
+
+
+def test_what_is_far_away_pulls_like_a_logarithm():
+    edg, energy = clusters(4, 0.05), torch.zeros(100)
+    x = edg.decoder.centre(0.3 * torch.randn(100, 9, generator=seeded(3))).detach()
+    x[-1] *= 100.0
+    loss, log_weights = learn_from(edg, x, energy, generator=seeded(4))
+    density = -log_weights - energy
+    far = float(log_weights[-1] - log_weights.median()) - FAR
+    assert far > 100.0 and float((log_weights[:-1] - log_weights.median()).max()) < FAR
+    expected = -(density[:-1].sum() + density[-1] / (1.0 + far)) / 100
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-6)
+
+
+WALKING = EDGTrainingSettings(
+    steps=60, batch=32, walkers=16, leaps=3, anneal_share=0.3, checkpoint_every=20, record_every=15
+)
+
+
+def test_training_with_walkers_goes_on_where_it_stopped(tmp_path):
+    target, size = Correlated(), {"hidden": 24, "depth": 2}
+    whole = build_edg(target, EDGSettings(**size), seed=1)
+    expected = train_edg(whole, target, WALKING, seed=3)
+    assert expected.n_energy_evaluations == 60 * 32 + 42 * 16 * 4
+    assert ["forward" in row for row in expected.rows] == [False, True, True, True]
+    assert all(math.isfinite(row[name]) for row in expected.rows[1:] for name in ("forward", "n_far", "step_size"))
+
+    def kill(done, total, message):
+        if done == 50:
+            raise KeyboardInterrupt
+
+    again = build_edg(target, EDGSettings(**size), seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        train_edg(again, target, WALKING, seed=3, directory=tmp_path, progress=kill)
+    history = train_edg(again, target, WALKING, seed=3, directory=tmp_path)
+    assert history.rows == expected.rows
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_settings_that_do_not_fit():
+    with pytest.raises(ValueError, match="between 0 and batch = 32 walkers, not 33"):
+        EDGTrainingSettings(batch=32, walkers=33)
+    with pytest.raises(ValueError, match="leaps must be at least 1"):
+        EDGTrainingSettings(leaps=0)
+    hot = build_edg(Correlated(), EDGSettings(conditioned=True, hidden=8, depth=1), seed=1)
+    with pytest.raises(ValueError, match=r"one temperature, tau = 1, not \[1.0, 2.0\]"):
+        train_edg(hot, Correlated(), WALKING, seed=1, temperatures=(1.0, 2.0))
+    for score in ("plain", "energy"):
+        edg = build_edg(Correlated(), EDGSettings(score=score, hidden=8, depth=1), seed=1)
+        with pytest.raises(ValueError, match="need latents from a base that knows x"):
+            train_edg(edg, Correlated(), WALKING, seed=1)
+
+
+@pytest.mark.slow
+def test_walkers_make_rare_clusters_less_rare():
+    """Six particles: with as many steps, half of whose rows are walkers, a larger effective sample size."""
+    cluster, ess = LennardJones(6), []
+    for walkers, batch in ((0, 192), (96, 96)):
+        settings = EDGSettings(decoder="pairs", score="pairs", stages=12, spread=0.9, width=0.01)
+        edg = build_edg(cluster, settings, seed=1)
+        training = EDGTrainingSettings(
+            steps=300, batch=batch, walkers=walkers, learning_rate=5e-3, anneal_from=0.3, anneal_share=0.2,
+            soften_above=200.0,
+        )  # fmt: skip
+        train_edg(edg, cluster.softened(), training, seed=1)
+        ess.append(draw(edg, cluster, n=10_000, generator=seeded(1)).ess)
+    assert ess[1] > 0.7 and ess[1] > ess[0] + 0.1
