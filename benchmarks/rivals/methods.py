@@ -26,22 +26,24 @@ Method = Callable[[Case, Budget, int, int], Drawn]
 
 DYNAMICS_RATE = 1e-3
 """Learning rate where draws go through gradients of the target: at 5e-3 three of the six modes of MoG6 were kept."""
+TRAJECTORY = EDGTrainingSettings.trajectory
 OF_TRAINING = tuple(field.name for field in fields(EDGTrainingSettings))
 
 
 def generator_settings(case: Case, decoder: str, score: str) -> tuple[EDGSettings, dict[str, Any], int]:
-    """Settings of a diffusion generator and of its training, "steps" being the most, and energies that a step costs."""
+    """Settings of a diffusion generator and of its training, "steps" being the most, and slopes that a draw takes."""
     special = {"hamiltonian": {"learning_rate": DYNAMICS_RATE, **case.dynamics}, "pairs": case.pairs}
     given = {"spread": case.scale, "batch": 512, **case.steps, **case.network, **special.get(decoder, {})}
     training = {name: given.pop(name) for name in OF_TRAINING if name in given}
     settings = EDGSettings(decoder=decoder, score=score, **given)
     slopes = settings.stages * settings.leaps + 1 if decoder == "hamiltonian" else 0
-    return settings, training, training["batch"] * (1 + 2 * slopes)
+    return settings, training, slopes
 
 
 def diffusion(case: Case, budget: Budget, n: int, seed: int, *, decoder: str, score: str, name: str) -> Drawn:
     """The diffusion generator; it stops with its steps, of which the budget of energies has so many."""
-    settings, given, cost = generator_settings(case, decoder, score)
+    settings, given, slopes = generator_settings(case, decoder, score)
+    cost = given["batch"] * (1 + 2 * slopes) + given.get("walkers", 0) * (given.get("trajectory", TRAJECTORY) + 1)
     begin = time.process_time()
     edg = build_edg(case.learned, settings, seed=seed)
     steps = max(1, min(budget.evaluations // cost, given.pop("steps", budget.evaluations)))
@@ -63,17 +65,15 @@ def diffusion(case: Case, budget: Budget, n: int, seed: int, *, decoder: str, sc
 
 def autoencoder(case: Case, budget: Budget, n: int, seed: int, *, decoder: str, name: str) -> Drawn:
     """The same decoder without the diffusion."""
-    settings, training, cost = generator_settings(case, decoder, "variational")
-    batch = training["batch"]
+    settings, training, slopes = generator_settings(case, decoder, "variational")
 
     def build(target: Counted) -> Decoder:
         return build_edg(target, settings, seed=seed).decoder.to(torch.get_default_dtype())
 
-    slopes = (cost // batch - 1) // 2
     latents = settings.latent_dim or case.target.dim
     return vae(
-        case.learned, budget, n, scale=case.scale, decoder=build, latent_dim=latents, costs=1 + slopes, batch=batch,
-        seed=seed, name=name,
+        case.learned, budget, n, scale=case.scale, decoder=build, latent_dim=latents, costs=1 + slopes,
+        batch=training["batch"], seed=seed, name=name,
     )  # fmt: skip
 
 

@@ -71,7 +71,7 @@ COLUMNS: dict[str, dict[str, Column]] = {
         spread("covariance_error"), **ESS, **LOG_Z, **COST,
     },
     "lj": {
-        **ESS, "ln Z": spread("log_z"), "bound": spread("log_z_bound"), "<u>": spread("mean_energy"),
+        **ESS, "ln Z": spread("log_z"), "bound, softened": spread("log_z_bound_softened"), "<u>": spread("mean_energy"),
         "<u> reweighted": spread("mean_energy_weighted"), **COST,
     },
     "ising": {
