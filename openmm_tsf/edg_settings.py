@@ -25,7 +25,7 @@ class MolecularEDGSettings:
         stages, step: of the dynamics ("hamiltonian").
         steps, batch: of training; each draw of a batch costs an energy and its gradient.
         learning_rate: largest.
-        anneal_from, anneal_share: see `EDGTrainingSettings`.
+        anneal_from, anneal_share, walkers, trajectory: see `EDGTrainingSettings`; walkers need one temperature.
         checkpoint_every: steps between checkpoints.
     """
 
@@ -42,6 +42,8 @@ class MolecularEDGSettings:
     learning_rate: float = 4e-3
     anneal_from: float = 0.3
     anneal_share: float = 0.4
+    walkers: int = 0
+    trajectory: int = 20
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
@@ -52,6 +54,11 @@ class MolecularEDGSettings:
             raise ValueError(f"latents = {self.latents} must be at least 1")
         for name in ("width", "step"):
             positive(name, getattr(self, name))
+        if self.walkers and self.conditioned:
+            raise ValueError(
+                f"walkers = {self.walkers} need one temperature, not {t[0]:g} to {t[-1]:g} K: leave them out, or "
+                "ask for ensembles at the temperature of the frames alone"
+            )
         self.network(1)  # these check the rest
         self.training  # noqa: B018
 
@@ -72,5 +79,6 @@ class MolecularEDGSettings:
         """How it is trained."""
         return EDGTrainingSettings(
             steps=self.steps, batch=self.batch, learning_rate=self.learning_rate, anneal_from=self.anneal_from,
-            anneal_share=self.anneal_share, checkpoint_every=self.checkpoint_every,
+            anneal_share=self.anneal_share, walkers=self.walkers, trajectory=self.trajectory,
+            checkpoint_every=self.checkpoint_every,
         )  # fmt: skip
