@@ -53,19 +53,19 @@ class Walkers:
         self.x = x
         self.step = FIRST_STEP * float(x.std(0).mean()) if step is None else step
 
-    def move(self, target: Target, trajectory: int, *, tau: float = 1.0, generator: torch.Generator) -> Scalars:
-        """A trajectory of so many leapfrog steps each, and the test of Metropolis; U/tau (W,) of where they are.
+    def move(self, target: Target, trajectory: int, *, generator: torch.Generator) -> Scalars:
+        """A trajectory of so many leapfrog steps each, and the test of Metropolis; U (W,) of where they are.
 
         Step sizes are between half of `step` and one and a half, each walker's own.
         """
         x, p = self.x, _normal(self.x, generator)
         h = (self.step * (0.5 + torch.rand(len(x), generator=generator)))[:, None].to(x)
-        before, slope = _energy_and_slope(target, x, tau)
+        before, slope = _energy_and_slope(target, x)
         start = before + 0.5 * p.square().sum(1)
         for _ in range(trajectory):
             p = p - 0.5 * h * slope
             x = x + h * p
-            energy, slope = _energy_and_slope(target, x, tau)
+            energy, slope = _energy_and_slope(target, x)
             p = p - 0.5 * h * slope
         chance = torch.exp(start - energy - 0.5 * p.square().sum(1)).nan_to_num(0.0)  # NaN is where no energy is
         taken = torch.rand(len(x), generator=generator).to(x) < chance
@@ -99,10 +99,10 @@ def learn_from(edg: EDG, x: Vectors, energy: Scalars, *, generator: torch.Genera
     return -(density / (1.0 + excess)).mean(), log_weights
 
 
-def _energy_and_slope(target: Target, x: Vectors, tau: float) -> tuple[Scalars, Vectors]:
+def _energy_and_slope(target: Target, x: Vectors) -> tuple[Scalars, Vectors]:
     with torch.enable_grad():
         here = x.detach().requires_grad_()
-        energy = target(here) / tau
+        energy = target(here)
         (slope,) = torch.autograd.grad(energy.sum(), here)
     return energy.detach().to(x), slope
 
