@@ -17,7 +17,7 @@ from openmm_tsf.edg.bound import BoundSample, check_target, kl_bound
 from openmm_tsf.edg.generator import EDG
 from openmm_tsf.edg.networks import Target
 from openmm_tsf.edg.scores import EnergyScore, PlainScore
-from openmm_tsf.edg.walkers import FAR, Walkers, learn_from
+from openmm_tsf.edg.walkers import Walkers, learn_from, near
 from openmm_tsf.files import write_text
 from openmm_tsf.nets import follow
 from openmm_tsf.storage import read_state, write_state
@@ -208,8 +208,8 @@ class _Trainer:
         self.history.n_energy_evaluations += len(energy) * (settings.trajectory + 1)
         loss, log_weights = learn_from(self.edg, walkers.x, energy, **seeded)
         walkers.offer(sample.x, sample.log_weights, log_weights, **seeded)
-        near = log_weights <= log_weights.nanmedian() + FAR
-        row = {"forward": float(log_weights[near].mean()), "n_far": float((~near).sum()), "step_size": walkers.step}
+        close = near(log_weights)
+        row = {"forward": float(log_weights[close].mean()), "n_far": float((~close).sum()), "step_size": walkers.step}
         share = len(energy) / (len(energy) + settings.batch)
         return (1.0 - share) * sample.loss + share * loss, row
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from openmm_tsf.edg.generator import EDG
 from openmm_tsf.edg.networks import Latents, Target, log_normal
-from openmm_tsf.typing import Scalars, Vectors
+from openmm_tsf.typing import Mask, Scalars, Vectors
 
 Weights = Float[Tensor, " walkers"]
 """ln w of walkers, of whom there may be fewer than draws."""
@@ -37,8 +37,9 @@ FIRST_STEP = 0.02
 """Step size at the start, in standard deviations of the walkers."""
 ADAPTATION = 0.3
 """What ln of the step size gains each time, in units of the share accepted above `ACCEPTED`."""
-FAR = 10.0
-"""ln w so far above the median pulls like its logarithm: mostly, the encoder has not found the latents there."""
+FAR = 30.0
+"""Walkers whose ln w is so far above the median are not learned from: the encoder has not found their latents, and what
+they pull at folds the decoder."""
 
 
 class Walkers:
@@ -92,11 +93,15 @@ def log_density(edg: EDG, x: Vectors, noise: Latents) -> Scalars:
 
 
 def learn_from(edg: EDG, x: Vectors, energy: Scalars, *, generator: torch.Generator) -> tuple[Tensor, Scalars]:
-    """What the opposite divergence is of walkers x (W, d), as a scalar to lower, and ln w (W,) of each."""
+    """What the opposite divergence is of walkers x (W, d), as a scalar to lower, and ln w (W,) of each; see `FAR`."""
     density = log_density(edg, x, torch.randn(len(x), edg.latent_dim, generator=generator).to(x))
     log_weights = -energy - density.detach()
-    excess = (log_weights - log_weights.nanmedian() - FAR).clamp_min(0.0)
-    return -(density / (1.0 + excess)).mean(), log_weights
+    return -density[near(log_weights)].mean(), log_weights
+
+
+def near(log_weights: Scalars) -> Mask:
+    """Which of walkers with ln w (W,) are learned from; there is always one."""
+    return log_weights <= log_weights.nanmedian() + FAR
 
 
 def _energy_and_slope(target: Target, x: Vectors) -> tuple[Scalars, Vectors]:
