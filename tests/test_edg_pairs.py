@@ -126,7 +126,7 @@ def test_the_base_is_as_wide_as_newton_steps_are_off():
     """A guess that is no guess leaves latents unfound; to a base as narrow as the decoder they would be impossible."""
     edg = roughened(6, width=1e-6)
     z = torch.randn(200, 15, generator=seeded(1))
-    edg.score.repeats = 0
+    edg.score.repeats, edg.score.refinements = 0, 1
     with torch.no_grad():
         x = edg.decoder.centre(z)
         given = edg.score.given(x)

@@ -39,13 +39,14 @@ class PairScore(nn.Module):
         decoder: of the generator; it stays the decoder's; the score has no parameters of its own.
         diffusion: of the encoder.
         repeats: of each stage on the way back; see `PairDecoder.backwards`.
-        refinements: Newton steps, at least one; another one follows with the same J.
+        refinements: Newton steps, at least one; another one follows with the last J. With one, that J is too far from
+            the one at the end for derivatives of the latents: learning of walkers then folds the decoder.
     """
 
     corrected = False
 
     def __init__(
-        self, decoder: PairDecoder, diffusion: VariancePreserving, *, repeats: int = 4, refinements: int = 1
+        self, decoder: PairDecoder, diffusion: VariancePreserving, *, repeats: int = 4, refinements: int = 2
     ) -> None:
         super().__init__()
         self._decoder = (decoder,)  # a tuple hides it from the module's parameters
