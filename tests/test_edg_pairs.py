@@ -11,7 +11,7 @@ from molecules import perturbed, seeded
 from openmm_tsf.edg import EDGSettings, EDGTrainingSettings, build_edg, draw, encoder_log_prob, kl_bound, train_edg
 from openmm_tsf.edg.encoder_ode import encoder_sample
 from openmm_tsf.edg.lennard_jones import LennardJones, relative_basis
-from openmm_tsf.edg.pair_score import principal_axes
+from openmm_tsf.edg.networks import log_normal
 from openmm_tsf.edg.pairs import BLUR, PairDecoder, Pairs, unit_vectors
 
 SETTINGS = EDGSettings(decoder="pairs", score="pairs", stages=4, spread=0.9, width=0.05)
@@ -30,7 +30,7 @@ def moved(cluster, y, matrix, order):
 
 
 def test_neither_order_nor_orientation_matters():
-    """The decoder's mean and the score move with the particles; widths and ln p_E(z|x) stay."""
+    """The decoder's mean and the score move with the particles; ln p_E(z|x) stays."""
     cluster, edg = LennardJones(5), roughened(5)
     z, x, t = (
         torch.randn(6, 12, generator=seeded(1)),
@@ -43,7 +43,6 @@ def test_neither_order_nor_orientation_matters():
     z2, x2 = (moved(cluster, y, matrix, order) for y in (z, x))
     one, two = edg.decoder.conditional(z), edg.decoder.conditional(z2)
     assert torch.allclose(moved(cluster, one.mean, matrix, order), two.mean)
-    assert torch.allclose(one.log_width, two.log_width)
     assert (one.mean - 0.9 * z).abs().max() > 0.1
     a, b = edg.score.parts(z, edg.score.given(x), t), edg.score.parts(z2, edg.score.given(x2), t)
     assert torch.allclose(moved(cluster, a.base, matrix, order), b.base)
@@ -156,17 +155,29 @@ def test_the_base_is_the_posterior_of_a_narrow_decoder():
         assert (step / given.log_width[row].exp()).abs().max() < 0.02
 
 
+def test_the_bound_is_that_of_a_map():
+    """The limit of narrow widths of what encoder and decoder make of it."""
+    cluster, edg, n = LennardJones(4).softened(), roughened(4, width=1e-4), 50
+    bound = kl_bound(edg, cluster, n, generator=seeded(5))
+    z = torch.randn(n, 9, generator=seeded(5))
+    conditional, given = edg.decoder.conditional(z), edg.score.given(edg.decoder.centre(z))
+    inner = given.log_prob(given.mean) - 4.5  # ln p_E(z|x) is less by half the number of latents on average
+    rows = cluster(conditional.mean) + log_normal(z) - conditional.entropy - inner
+    assert bound.value == pytest.approx(float(rows.detach().mean()), abs=1e-3)
+    assert torch.allclose(bound.x, conditional.mean)
+    assert torch.allclose(bound.log_weights, -rows, rtol=0.0, atol=0.01)
+    assert bound.encoder == 0.0 and bound.value == pytest.approx(bound.energy - bound.entropy)
+
+
 def test_gradients_of_the_bound_are_finite_differences():
-    """Those of the encoder too, which is the decoder run backwards."""
     cluster, edg = LennardJones(4).softened(), roughened(4)
-    edg.score.refinements = 5
     parameters = dict(edg.named_parameters())
 
     def value():
         return kl_bound(edg, cluster, 8, generator=seeded(5))
 
     value().loss.backward()
-    for name in ("decoder.plain", "decoder.sense", "decoder.log_scale", "decoder.width.change"):
+    for name in ("decoder.plain", "decoder.sense", "decoder.log_scale", "decoder.mixed"):
         parameter = parameters[name]
         direction = torch.randn(parameter.shape, generator=seeded(6))
         values = []
@@ -179,17 +190,23 @@ def test_gradients_of_the_bound_are_finite_differences():
         assert float((parameter.grad * direction).sum()) == pytest.approx(expected, rel=1e-5)
 
 
-def test_principal_axes_have_derivatives():
-    root = torch.randn(2, 5, 5, generator=seeded(1), requires_grad=True)
-
-    def logarithm(root):  # knows neither signs nor order
-        values, axes = principal_axes(root @ root.transpose(1, 2) + torch.eye(5))
-        return axes @ torch.diag_embed(values.log()) @ axes.transpose(1, 2)
-
-    assert torch.autograd.gradcheck(logarithm, root)
-    same = (2.0 * torch.eye(5)).repeat(2, 1, 1).requires_grad_()
-    principal_axes(same)[0].log().sum().backward()
-    assert torch.allclose(same.grad, 0.5 * torch.eye(5))
+def test_folds_are_seen_and_trained_away():
+    """Of coefficients too large for four stages; gradients point to where determinants are positive."""
+    edg = roughened(4, 0.3)
+    z = torch.randn(200, 9, generator=seeded(1))
+    x, log_det, folded = edg.decoder.centre_and_log_det(z)
+    exact = torch.linalg.slogdet(edg.decoder.centre_and_jacobian(z)[1])
+    assert torch.equal(folded, exact[0] < 0.0) and 2 < folded.sum() < 150
+    assert torch.equal(log_det, exact[1])
+    for rows, sign in ((folded, -1.0), (~folded, 1.0)):
+        found, plain = (
+            torch.autograd.grad(value[rows].sum(), edg.decoder.plain, retain_graph=True)[0]
+            for value in (log_det, exact[1])
+        )
+        assert torch.allclose(found, sign * plain)
+    bound = kl_bound(edg, LennardJones(4).softened(), 200, generator=seeded(1))
+    assert bound.n_folded == int(folded.sum())
+    assert torch.allclose(bound.x, x)
 
 
 def trained(n):
@@ -212,6 +229,7 @@ def test_the_bound_of_three_particles_is_one():
     first = kl_bound(build_edg(cluster, SETTINGS, seed=1), cluster, 4000, generator=seeded(2))
     bound = kl_bound(trained(3), cluster, 4000, generator=seeded(2))
     assert first.value + exact_log_z(3) > 5.0
+    assert first.n_folded == 0 and bound.n_folded < 20
     assert -3.0 * bound.error < bound.value + exact_log_z(3) < 1.5
 
 

@@ -96,30 +96,26 @@ def test_draws_that_are_offered_bring_walkers_where_they_should_be():
     assert few.x[:, 0].tolist() == [1.0, 1.0, 1.0, -1.0, -1.0]
 
 
-def clusters(n, width):
+def clusters(n):
     edg = build_edg(LennardJones(n), EDGSettings(decoder="pairs", score="pairs", stages=4, spread=0.9), seed=1)
     perturbed(edg.decoder, 0.03, 3)
-    with torch.no_grad():
-        edg.decoder.width.start = math.log(width)
     return edg
 
 
-def test_densities_of_a_narrow_decoder_are_its_determinants():
-    """Whatever the noise of the latents: in the limit there is one density, N(z; 0, I)/|det J|."""
-    edg = clusters(4, 1e-4)
+def test_densities_of_maps_are_their_determinants():
+    edg = clusters(4)
     z = torch.randn(20, 9, generator=seeded(1))
     x, jacobian = edg.decoder.centre_and_jacobian(z)
     exact = log_normal(z) - torch.linalg.slogdet(jacobian)[1]
-    for seed in (2, 3):
-        found = log_density(edg, x, torch.randn(20, 9, generator=seeded(seed)))
-        assert torch.allclose(found, exact, rtol=0.0, atol=0.02)
+    found = log_density(edg, x, torch.randn(20, 9, generator=seeded(2)))
+    assert torch.allclose(found, exact, rtol=0.0, atol=1e-4)
     assert (exact - log_normal(x / 0.9)).abs().max() > 0.3
 
 
-def test_gradients_are_finite_differences():
+def test_gradients_are_finite_differences(monkeypatch):
     """With those of the latents, which are found by running the decoder backwards."""
-    edg, cluster = clusters(4, 0.05), LennardJones(4)
-    edg.score.refinements = 5
+    monkeypatch.setattr("openmm_tsf.edg.pair_score.IN_TRAINING", 5)
+    edg, cluster = clusters(4), LennardJones(4)
     x = edg.decoder.centre(torch.randn(8, 9, generator=seeded(1))).detach()
     energy = cluster(x)
 
@@ -127,7 +123,7 @@ def test_gradients_are_finite_differences():
         return learn_from(edg, x, energy, generator=seeded(5))[0]
 
     value().backward()
-    for name in ("plain", "sense", "log_scale", "width.change"):
+    for name in ("plain", "sense", "log_scale", "mixed"):
         parameter = dict(edg.decoder.named_parameters())[name]
         direction = torch.randn(parameter.shape, generator=seeded(6))
         values = []
@@ -156,13 +152,28 @@ def test_the_two_divergences_enclose_the_partition_function():
 
 
 def test_walkers_that_are_far_away_are_not_learned_from():
-    edg, energy = clusters(4, 0.05), torch.zeros(100)
+    edg, energy = clusters(4), torch.zeros(100)
     x = edg.decoder.centre(0.3 * torch.randn(100, 9, generator=seeded(3))).detach()
     x[-1] *= 100.0
     loss, log_weights = learn_from(edg, x, energy, generator=seeded(4))
-    assert log_weights[-1] > log_weights.median() + FAR > log_weights[:-1].max()
+    assert log_weights[-1] > log_weights.nanmedian() + FAR > log_weights[:-1].max()
     assert near(log_weights).tolist() == [True] * 99 + [False]
     assert float(loss.detach()) == pytest.approx(float(log_weights[:-1].mean()))  # energies are zero
+    loss.backward()
+    assert torch.isfinite(edg.decoder.plain.grad).all()
+
+
+def test_walkers_whose_latents_are_not_found_are_not_learned_from(monkeypatch):
+    """With one Newton step from a guess that is no guess, most are not."""
+    monkeypatch.setattr("openmm_tsf.edg.pair_score.IN_TRAINING", 1)
+    edg, energy = clusters(4), torch.zeros(100)
+    z = torch.randn(100, 9, generator=seeded(3))
+    x, log_det, _ = edg.decoder.centre_and_log_det(z)
+    edg.score.repeats = 0
+    loss, log_weights = learn_from(edg, x.detach(), energy, generator=seeded(4))
+    found = ~log_weights.isnan()
+    assert 5 < found.sum() < 95 and torch.equal(near(log_weights), found)
+    assert torch.allclose(log_weights[found], (log_det - log_normal(z))[found].detach(), rtol=0.0, atol=0.2)
     loss.backward()
     assert torch.isfinite(edg.decoder.plain.grad).all()
 

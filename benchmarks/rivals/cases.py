@@ -149,7 +149,7 @@ def cluster(n: int) -> Case:
         f"LJ{n}", "lj", target, training=target.softened(), scale=0.7 if n < 20 else 1.1, evaluations=CLUSTERS[n],
         n=10_000 if n < 20 else 1_000, network={"hidden": 256}, dynamics={"stages": 5, "batch": 256, "step": 0.01},
         pairs={
-            "spread": 0.9, "width": 0.003, "stages": 12, "steps": 700, "batch": 96, "walkers": 96,
+            "spread": 0.9, "width": 0.001, "stages": 12, "steps": 1500, "batch": 96, "walkers": 96,
             "learning_rate": 5e-3, "weight_average": 0.99,
         },
         steps={

@@ -33,6 +33,10 @@ row is zero. What is left to sample is the correction c. With antithetic noise +
 averaged over both signs, has the mean |c|^2 + 2 base . c + 2 div c, since E[c . eps] = sigma E[div c] for Gaussian
 noise. The difference of c between both signs makes up for 1/sigma. The integral is E[weight h] over the clock of
 `diffusion`, in strata over the batch. In hundreds of dimensions most of the scatter would be the base's.
+
+Decoders of pairs, see `pairs`, are taken for the maps x = f(z) that they are but for their narrow width. What an
+encoder that is right for them leaves of the bound is E[U(x) + ln N(z_0; 0, I) - ln|det df/dz|] + ln Z: a closed form.
+It is a bound where f is one to one, that is, where no determinant is negative: folds are counted, and trained away.
 """
 
 from __future__ import annotations
@@ -45,8 +49,9 @@ from torch import Tensor
 
 from openmm_tsf.edg.generator import EDG
 from openmm_tsf.edg.networks import Latents, Target, log_normal
+from openmm_tsf.edg.pairs import PairDecoder
 from openmm_tsf.edg.scores import Given
-from openmm_tsf.typing import Scalars, Vectors
+from openmm_tsf.typing import Mask, Scalars, Vectors
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,10 @@ class BoundSample:
         value: the bound less ln Z [nat]: on average at least -ln Z.
         error: standard error of the value [nat].
         energy: mean U/tau.
-        entropy: mean of -ln p_D(x|z_0) over the draws [nat].
+        entropy: mean of -ln p_D(x|z_0) over the draws, of a map -ln p_D(x) [nat].
         encoder: the integrals over time [nat].
         n_nonfinite: draws left out because their energy, its gradient or x itself was not finite.
+        n_folded: draws where a map folds space: with any, the value may be below -ln Z.
         n_energy_evaluations: of the target; a gradient counts one, and so does a product with its Hessian.
         x: (B, d) the draws that are not left out.
         log_weights: (B,) of these with their latents, the encoder's base being the encoder [nat]; see `walkers`.
@@ -73,6 +79,7 @@ class BoundSample:
     entropy: float
     encoder: float
     n_nonfinite: int
+    n_folded: int
     n_energy_evaluations: int
     x: Vectors
     log_weights: Scalars
@@ -119,14 +126,15 @@ def kl_bound(
         eps, u = (y.view(times, n, *y.shape[1:])[:, rows].flatten(0, 1) for y in (eps, u))
         evaluations += len(rows) * (1 + edg.decoder.n_slopes)
         drawn = _decode(edg, target, z, xi, taus, soften_above)
-    given = edg.score.given(drawn.x, taus)
-    inner = base_integral(edg, z, given)
-    if edg.score.corrected:
-        more = integrand(edg, z.repeat(times, 1), given.repeated(times) if times > 1 else given, u, eps)
-        inner = inner + more.view(times, -1).mean(0)
-    # -ln p_D(x|z_0) has the gradient of the entropy that is its mean, and scatters along with the rest
-    entropy = drawn.entropy.detach() + 0.5 * (xi.square() - 1.0).sum(1)
-    rows = drawn.energy - entropy + inner.detach()
+    if isinstance(edg.decoder, PairDecoder):
+        inner = log_encoder = torch.zeros_like(drawn.energy)
+    else:
+        given = edg.score.given(drawn.x, taus)
+        inner, log_encoder = base_integral(edg, z, given), given.log_prob(z) - log_normal(z)
+        if edg.score.corrected:
+            more = integrand(edg, z.repeat(times, 1), given.repeated(times) if times > 1 else given, u, eps)
+            inner = inner + more.view(times, -1).mean(0)
+    rows = drawn.energy - drawn.entropy.detach() + inner.detach()
     surrogate = ((drawn.slope * drawn.x).sum(1) - drawn.entropy + inner).mean()
     value = rows.mean()
     return BoundSample(
@@ -134,12 +142,13 @@ def kl_bound(
         value=float(value),
         error=float(rows.std() / len(rows) ** 0.5),
         energy=float(drawn.energy.mean()),
-        entropy=float(entropy.mean()),
+        entropy=float(drawn.entropy.detach().mean()),
         encoder=float(inner.detach().mean()),
         n_nonfinite=n_bad,
+        n_folded=int(drawn.folded.sum()),
         n_energy_evaluations=evaluations,
         x=drawn.x.detach(),
-        log_weights=(given.log_prob(z) - log_normal(z) + entropy - drawn.energy).detach(),
+        log_weights=(log_encoder + drawn.entropy - drawn.energy).detach(),
     )
 
 
@@ -184,18 +193,25 @@ def check_target(edg: EDG, target: Target) -> None:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """x with its graph, and of each row: raw U/tau, gradient of the softened U/tau, entropy, whether all is finite."""
+    """x with its graph, and of each row: raw U/tau, gradient of the softened U/tau, whether all is finite, whether a
+    map folds there; and entropy, which is -ln p_D(x|z_0), or -ln p_D(x) of a map, with the gradient of its mean."""
 
     x: Vectors
     energy: Scalars
     slope: Vectors
     entropy: Scalars
-    finite: Tensor
+    finite: Mask
+    folded: Mask
 
 
 def _decode(edg: EDG, target: Target, z: Latents, xi: Vectors, tau: Scalars, soften_above: float) -> _Drawn:
-    conditional = edg.decoder.conditional(z, tau)
-    x = conditional.sample(xi)
+    if isinstance(edg.decoder, PairDecoder):
+        x, log_det, folded = edg.decoder.centre_and_log_det(z)
+        entropy = log_det - log_normal(z)
+    else:
+        conditional = edg.decoder.conditional(z, tau)
+        x, entropy = conditional.sample(xi), conditional.entropy + 0.5 * (xi.square() - 1.0).sum(1)
+        folded = torch.zeros(len(z), dtype=torch.bool, device=z.device)
     with torch.enable_grad():
         here = x.detach().requires_grad_()
         energy = reduced(target, here, tau)
@@ -203,7 +219,7 @@ def _decode(edg: EDG, target: Target, z: Latents, xi: Vectors, tau: Scalars, sof
     energy = energy.detach()
     excess = (energy - soften_above).clamp_min(0.0)
     finite = torch.isfinite(energy) & torch.isfinite(slope).all(1) & torch.isfinite(here).all(1)
-    return _Drawn(x, energy, slope / (1.0 + excess)[:, None], conditional.entropy, finite)
+    return _Drawn(x, energy, slope / (1.0 + excess)[:, None], entropy, finite, folded)
 
 
 def reduced(target: Target, x: Vectors, tau: Scalars) -> Scalars:

@@ -9,17 +9,19 @@ find them. There f(z) + w xi is as good as linear, which makes z given x a Gauss
 around m - P^-1 m. Nothing of this is learned: the encoder is right for whatever the decoder has become. The narrower w
 is, the less the decoder bends within a width, and the better the approximation, so that it needs no correction. Where
 Newton steps do not get to x, w grows by what is left, as a root of squares.
+
+In the limit of w = 0 the decoder has the density ln N(m; 0, I) - ln|det J|, which is what training takes.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from openmm_tsf.edg.diffusion import VariancePreserving
-from openmm_tsf.edg.networks import Latents
+from openmm_tsf.edg.networks import Latents, log_normal
 from openmm_tsf.edg.pairs import Matrices, PairDecoder
 from openmm_tsf.edg.scores import Given, Parts
 from openmm_tsf.typing import Scalars, Vectors
@@ -28,8 +30,10 @@ LONGEST = 1.0
 """Norm of a step beyond which it is not believed: it never gets longer."""
 DAMPING = 1e-8
 """Added to J^T J, as a share of its mean eigenvalue."""
-CLOSE = 1e-6
-"""Relative difference of eigenvalues below which axes are not differentiated."""
+IN_TRAINING = 2
+"""Newton steps in training, which leaves out what they do not find."""
+FOUND = 0.01
+"""Distance of f(m) and x, in units of the decoder's spread, up to which training takes m for the latents of x."""
 
 
 class PairScore(nn.Module):
@@ -39,35 +43,49 @@ class PairScore(nn.Module):
         decoder: of the generator; it stays the decoder's; the score has no parameters of its own.
         diffusion: of the encoder.
         repeats: of each stage on the way back; see `PairDecoder.backwards`.
-        refinements: Newton steps, at least one; another one follows with the last J. With one, that J is too far from
-            the one at the end for derivatives of the latents: learning of walkers then folds the decoder.
+        refinements: Newton steps, at least one, each with its own J.
     """
 
     corrected = False
 
     def __init__(
-        self, decoder: PairDecoder, diffusion: VariancePreserving, *, repeats: int = 4, refinements: int = 2
+        self, decoder: PairDecoder, diffusion: VariancePreserving, *, repeats: int = 4, refinements: int = 5
     ) -> None:
         super().__init__()
         self._decoder = (decoder,)  # a tuple hides it from the module's parameters
         self.latent_dim, self.diffusion = decoder.latent_dim, diffusion
         self.repeats, self.refinements = repeats, refinements
 
+    @torch.no_grad()
     def given(self, x: Vectors, tau: Scalars | None = None) -> Given:
-        """What is needed of x (B, d)."""
+        """What is needed of x (B, d); without derivatives."""
         decoder = self._decoder[0]
-        with torch.no_grad():  # what the latents depend on, the last step knows
-            m = decoder.backwards(x, self.repeats)
-            for _ in range(self.refinements):
-                centre, matrix = decoder.centre_and_jacobian(m)
-                m = m + _step(matrix, x - centre)
-        m = m + _step(matrix, x - decoder.centre(m))
+        m = self.latents(x, self.refinements)
         centre, matrix = decoder.centre_and_jacobian(m)
-        square = torch.exp(2.0 * decoder.log_width(centre)) + (x - centre).square().mean(1, keepdim=True)
+        square = math.exp(2.0 * decoder.log_width) + (x - centre).square().mean(1, keepdim=True)
         scaled = (matrix / square.sqrt()[..., None]).double()
-        values, axes = (v.to(m) for v in principal_axes(_square(scaled) + torch.eye(m.shape[1]).to(scaled)))
+        values, axes = (v.to(m) for v in torch.linalg.eigh(_square(scaled) + torch.eye(m.shape[1]).to(scaled)))
         mean = m - (axes @ ((m[:, None] @ axes)[:, 0] / values)[..., None])[..., 0]
         return Given(x, x[:, :0], mean, -0.5 * values.log(), tau, axes)
+
+    def latents(self, x: Vectors, refinements: int) -> Latents:
+        """m (B, d) of x (B, d); the last Newton step makes it differentiable by the decoder's parameters."""
+        decoder = self._decoder[0]
+        with torch.no_grad():
+            m = decoder.backwards(x, self.repeats)
+            for _ in range(refinements - 1):
+                centre, matrix = decoder.centre_and_jacobian(m)
+                m = m + _step(matrix, x - centre)
+            _, matrix = decoder.centre_and_jacobian(m)
+        return m + _step(matrix, x - decoder.centre(m))
+
+    def log_density(self, x: Vectors) -> Scalars:
+        """ln N(m; 0, I) - ln|det J| (B,) of x (B, d), differentiable; NaN where Newton steps do not get to x."""
+        decoder = self._decoder[0]
+        m = self.latents(x, IN_TRAINING)
+        centre, log_det, _ = decoder.centre_and_log_det(m)
+        found = (centre - x).detach().norm(dim=1) < FOUND * decoder.spread
+        return torch.where(found, log_normal(m) - log_det, torch.nan)
 
     def parts(self, z: Latents, given: Given, t: Scalars) -> Parts:
         """The score of latents z (B, d) at times (B,)."""
@@ -89,29 +107,3 @@ def _step(matrix: Matrices, miss: Vectors) -> Latents:
     root = torch.linalg.cholesky(square + least[:, None, None] * torch.eye(j.shape[1]).to(j))
     step = torch.cholesky_solve(j.transpose(1, 2) @ miss.double()[..., None], root)[..., 0].to(miss)
     return step / (1.0 + step.square().sum(1, keepdim=True) / LONGEST**2).sqrt()
-
-
-class _PrincipalAxes(torch.autograd.Function):
-    """Eigenvalues and eigenvectors; what depends on neither sign nor turn of them has gradients
-    where values coincide too, but for the part that would turn the coinciding ones."""
-
-    @staticmethod
-    def forward(ctx: Any, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        values, axes = torch.linalg.eigh(matrix)
-        ctx.save_for_backward(values, axes)
-        return values, axes
-
-    @staticmethod
-    def backward(ctx: Any, by_values: Tensor, by_axes: Tensor) -> Tensor:
-        values, axes = ctx.saved_tensors
-        gaps = values[:, None, :] - values[:, :, None]
-        least = CLOSE * values.amax(1)[:, None, None]
-        turning = (axes.transpose(1, 2) @ by_axes) * gaps / (gaps.square() + least.square())
-        middle = torch.diag_embed(by_values) + turning
-        gradient = axes @ middle @ axes.transpose(1, 2)
-        return 0.5 * (gradient + gradient.transpose(1, 2))
-
-
-def principal_axes(matrix: Matrices) -> tuple[Latents, Matrices]:
-    """Eigenvalues (B, d), ascending, and eigenvectors (B, d, d) as columns, of symmetric matrices; differentiable."""
-    return _PrincipalAxes.apply(matrix)

@@ -24,10 +24,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from openmm_tsf.edg.decoders import Conditional, bounded, positive
+from openmm_tsf.edg.decoders import Conditional, positive
 from openmm_tsf.edg.lennard_jones import relative_basis
 from openmm_tsf.edg.networks import Latents
-from openmm_tsf.typing import Scalars, Vectors
+from openmm_tsf.typing import Mask, Scalars, Vectors
 
 CENTRES = (0.0, 0.2, 0.4, 0.55, 0.68, *(0.76 + 0.08 * i for i in range(10)), 1.62, 1.8, 2.1, 2.5)
 """Of the bells of a distance: dense where particles touch. The unit of length is where they like to be."""
@@ -85,8 +85,10 @@ class Pairs(nn.Module):
         for name, value in (
             ("steps", (basis[:, i] - basis[:, j]).T.contiguous()), ("sharing", sharing), ("centres", centres),
             ("scales", 1.0 / (math.sqrt(8.0) * widths)), ("heights", widths / widths.max()),
+            ("tiled", torch.eye(3, dtype=basis.dtype).repeat(1, n - 1)),
         ):  # fmt: skip
             self.register_buffer(name, value, persistent=False)
+        self.register_buffer("columns", self.steps.repeat_interleave(3, 1), persistent=False)
 
     def vectors(self, y: Vectors) -> PairVectors:
         """d_ij (B, P, 3) of relative coordinates (B, 3 (n - 1))."""
@@ -119,11 +121,11 @@ class Pairs(nn.Module):
         """phi by the bells of all pairs, and the factors of its second part: each pair's own, and its surroundings."""
         mixed = bells @ push.mixed
         around = torch.tanh(SHARPNESS * self.around(bells @ push.sense) + push.bias)
-        return (bells @ push.plain + (mixed * around).sum(2))[..., None], mixed, around
+        return (bells @ push.plain + _sum(mixed * around))[..., None], mixed, around
 
     def _by_coordinates(self, vectors: PairVectors) -> Float[Tensor, "batch pairs columns"]:
         """Products (B, P, d) of the rows of `steps` with vectors of pairs."""
-        return (self.steps[:, :, None] * vectors[:, :, None, :]).flatten(2)
+        return (vectors @ self.tiled) * self.columns
 
     def pushed(self, push: Push, y: Vectors) -> Vectors:
         """y (B, d) after a stage."""
@@ -142,13 +144,18 @@ class Pairs(nn.Module):
         d = self.vectors(y)
         k, slope = self.bells_and_slopes(d)
         phi, mixed, around = self._phi(push, k)
-        own = slope @ push.plain + ((slope @ push.mixed) * around).sum(2)
+        own = slope @ push.plain + _sum((slope @ push.mixed) * around)
         sensitive = SHARPNESS * mixed * (1.0 - around.square())
         others = (sensitive @ (slope @ push.sense).transpose(1, 2)) * self.sharing
         along = self._by_coordinates(unit_vectors(d))
         matrix = self._by_coordinates(d).transpose(1, 2) @ (own[..., None] * along + others @ along)
         plain = torch.kron((self.steps.T * phi[..., 0][:, None]) @ self.steps, torch.eye(3).to(y))
         return y + self.back(phi * d), scale * (matrix + plain + torch.eye(y.shape[1]).to(y))
+
+
+def _sum(features: PairFeatures) -> Float[Tensor, "batch pairs"]:
+    """Over features: a product, which is several times as fast as a sum over the last of three dimensions."""
+    return features @ features.new_ones(features.shape[2])
 
 
 def lengths(d: PairVectors) -> Lengths:
@@ -161,27 +168,16 @@ def unit_vectors(d: PairVectors) -> PairVectors:
     return d / lengths(d)
 
 
-class Width(nn.Module):
-    """One ln width (B, 1) of all components, by the distances of a configuration."""
-
-    def __init__(self, n_bells: int, width: float) -> None:
-        super().__init__()
-        self.start = math.log(positive("width", width))
-        self.shift = nn.Parameter(torch.zeros(()))
-        self.change = nn.Parameter(torch.zeros(n_bells))
-
-    def forward(self, bells: Bells) -> Float[Tensor, "batch 1"]:
-        return self.start + bounded(self.shift + bells.sum(1) @ self.change)[:, None]
-
-
 class PairDecoder(nn.Module):
-    """Pushes of a Gaussian cloud: x = f(z) + w(f(z)) xi, xi ~ N(0, I).
+    """Pushes of a Gaussian cloud: x = f(z) + w xi, xi ~ N(0, I).
+
+    Training takes w for 0, see `bound`; weights know of it.
 
     Args:
         n: particles; there are 3 (n - 1) latents and as many components.
         stages: number of pushes.
         spread: standard deviation of a component at the start.
-        width: w at the start, in units of `spread`.
+        width: w, in units of `spread`; see `pair_score` for how narrow it should be.
 
     Raises:
         ValueError: no stage.
@@ -189,12 +185,13 @@ class PairDecoder(nn.Module):
 
     n_slopes, conditioned = 0, False
 
-    def __init__(self, n: int, stages: int = 12, *, spread: float = 1.0, width: float = 0.03) -> None:
+    def __init__(self, n: int, stages: int = 12, *, spread: float = 1.0, width: float = 0.001) -> None:
         super().__init__()
         if stages < 1:
             raise ValueError(f"need at least one stage, not {stages}")
         self.dim = self.latent_dim = 3 * (n - 1)
         self.spread, self.pairs = positive("spread", spread), Pairs(n)
+        self.log_width = math.log(positive("width", width) * spread)
         knots, n_bells = min(KNOTS, stages), self.pairs.n_bells
         places = (torch.arange(stages) + 0.5) / stages * (knots - 1)
         shares = (1.0 - (places[:, None] - torch.arange(knots)).abs()).clamp_min(0.0)
@@ -204,7 +201,6 @@ class PairDecoder(nn.Module):
         self.mixed = nn.Parameter(torch.zeros(knots, n_bells, SURROUNDINGS))
         self.sense = nn.Parameter(torch.randn(knots, n_bells, SURROUNDINGS) / math.sqrt(n_bells))
         self.bias = nn.Parameter(torch.linspace(-1.0, 1.0, SURROUNDINGS).repeat(knots, 1))
-        self.width = Width(n_bells, width * spread)
 
     @property
     def pushes(self) -> list[Push]:
@@ -232,6 +228,16 @@ class PairDecoder(nn.Module):
             matrix = stage @ matrix
         return y, self.spread * matrix
 
+    def centre_and_log_det(self, z: Latents) -> tuple[Vectors, Scalars, Mask]:
+        """f(z) (B, d), ln|det df/dz| (B,), and where f has folded space, so that several z have one f(z) (B,).
+
+        f is one to one if it has not folded space anywhere. Where it has, the gradient of the logarithm points back.
+        """
+        y, matrix = self.centre_and_jacobian(z)
+        sign, log_det = torch.linalg.slogdet(matrix)
+        folded = sign <= 0.0
+        return y, torch.where(folded, 2.0 * log_det.detach() - log_det, log_det), folded
+
     def backwards(self, x: Vectors, repeats: int) -> Latents:
         """About the z (B, d) that f takes to x (B, d): stages undone from the last to the first, as what they would do
         to what they have come to, `repeats` times over; off by the order 1/stages of that power."""
@@ -242,11 +248,7 @@ class PairDecoder(nn.Module):
             x = y
         return x / self.spread
 
-    def log_width(self, centre: Vectors) -> Float[Tensor, "batch 1"]:
-        """ln w of where the pushes lead (B, d)."""
-        return self.width(self.pairs.bells(self.pairs.vectors(centre)))
-
     def conditional(self, z: Latents, tau: Scalars | None = None) -> Conditional:
         """x | z of latents (B, d); there is one temperature."""
         y = self.centre(z)
-        return Conditional(y, self.log_width(y).expand_as(y))
+        return Conditional(y, torch.full_like(y, self.log_width))

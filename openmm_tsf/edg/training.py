@@ -83,8 +83,9 @@ class EDGHistory:
 
     Attributes:
         rows: with step, bound (less ln Z [nat], of the target as heated), energy, entropy, encoder, heat,
-            learning_rate, n_nonfinite; and, of walkers, forward (mean ln w, at least ln Z at equilibrium), n_far (those
-            left out of this mean, see `walkers.FAR`) and step_size, in steps that have them.
+            learning_rate, n_nonfinite, n_folded (of pairs: draws where the decoder folds space, so that the bound is
+            none); and, of walkers, forward (mean ln w, at least ln Z at equilibrium), n_far (those left out of this
+            mean, see `walkers.FAR`) and step_size, in steps that have them.
         n_energy_evaluations: of the target; see `bound.BoundSample`.
         n_nonfinite: draws left out, since their energy or its gradient was not finite.
         n_left_out: steps left out, since the gradient by the parameters was not finite.
@@ -244,7 +245,8 @@ class _Trainer:
         history = self.history
         history.n_energy_evaluations += sample.n_energy_evaluations
         history.n_nonfinite += sample.n_nonfinite
-        parts = {name: float(getattr(sample, name)) for name in ("energy", "entropy", "encoder", "n_nonfinite")}
+        names = ("energy", "entropy", "encoder", "n_nonfinite", "n_folded")
+        parts = {name: float(getattr(sample, name)) for name in names}
         self.recent.append({"bound": sample.value, **parts, **row})
         if self.step % self.settings.record_every and self.step != self.settings.steps:
             return

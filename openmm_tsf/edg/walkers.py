@@ -26,6 +26,7 @@ from torch import Tensor
 
 from openmm_tsf.edg.generator import EDG
 from openmm_tsf.edg.networks import Latents, Target, log_normal
+from openmm_tsf.edg.pair_score import PairScore
 from openmm_tsf.typing import Mask, Scalars, Vectors
 
 Weights = Float[Tensor, " walkers"]
@@ -38,8 +39,7 @@ FIRST_STEP = 0.02
 ADAPTATION = 0.3
 """What ln of the step size gains each time, in units of the share accepted above `ACCEPTED`."""
 FAR = 30.0
-"""Walkers whose ln w is so far above the median are not learned from: the encoder has not found their latents, and what
-they pull at folds the decoder."""
+"""Walkers whose ln w is so far above the median are not learned from: the encoder has not found their latents."""
 
 
 class Walkers:
@@ -86,7 +86,10 @@ class Walkers:
 
 
 def log_density(edg: EDG, x: Vectors, noise: Latents) -> Scalars:
-    """ln p_D(z) p_D(x|z)/p_E(z|x) (B,) of x (B, d), z ~ p_E from N(0, I) noise (B, d_z), which is differentiable."""
+    """ln p_D(z) p_D(x|z)/p_E(z|x) (B,) of x (B, d), z ~ p_E from N(0, I) noise (B, d_z), which is differentiable; of
+    decoders of pairs its limit for narrow widths, and NaN where they have no z."""
+    if isinstance(edg.score, PairScore):
+        return edg.score.log_density(x)
     given = edg.score.given(x)
     z = given.latents(noise)
     return log_normal(z) + edg.decoder.conditional(z).log_prob(x) - given.log_prob(z)
@@ -100,7 +103,7 @@ def learn_from(edg: EDG, x: Vectors, energy: Scalars, *, generator: torch.Genera
 
 
 def near(log_weights: Scalars) -> Mask:
-    """Which of walkers with ln w (W,) are learned from; there is always one."""
+    """Which of walkers with ln w (W,) are learned from: not those with NaN, nor those that are `FAR`."""
     return log_weights <= log_weights.nanmedian() + FAR
 
 
