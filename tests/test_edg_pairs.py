@@ -82,13 +82,17 @@ def test_latents_of_the_encoder_have_the_density_that_it_says():
     assert edg.score.given(x).axes is not None
 
 
-def test_jacobians_are_those_of_autograd():
-    decoder = roughened(5).decoder
-    z = torch.randn(3, 12, generator=seeded(1))
+@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize("most", [0, 24])
+def test_jacobians_are_those_of_autograd(n, most, monkeypatch):
+    """Whether they are sums over particles or over pairs."""
+    monkeypatch.setattr("openmm_tsf.edg.pairs.MOST_BY_PAIRS", most)
+    decoder = roughened(n, 0.03 if n == 5 else 0.2).decoder
+    z = torch.randn(3, 3 * (n - 1), generator=seeded(1))
     y, matrix = decoder.centre_and_jacobian(z)
     assert torch.allclose(y, decoder.centre(z), rtol=0.0, atol=1e-14)
     exact = torch.autograd.functional.jacobian(lambda z: decoder.centre(z).sum(0), z).transpose(0, 1)
-    assert (exact - 0.9 * torch.eye(12)).abs().max() > 0.3
+    assert (exact - 0.9 * torch.eye(3 * (n - 1))).abs().max() > 0.3
     assert torch.allclose(matrix, exact, rtol=0.0, atol=1e-13)
 
 

@@ -37,6 +37,8 @@ SURROUNDINGS = 16
 """Numbers that a pair knows of those around it, each between -1 and 1."""
 SHARPNESS = 4.0
 """Of these numbers: what the mean over pairs around is multiplied by."""
+MOST_BY_PAIRS = 24
+"""Particles up to which Jacobians are sums over pairs of pairs, which is faster there."""
 KNOTS = 5
 """Stages that have coefficients of their own; those of the others lie between."""
 
@@ -75,20 +77,22 @@ class Pairs(nn.Module):
     def __init__(self, n: int) -> None:
         super().__init__()
         basis, (i, j) = relative_basis(n), torch.triu_indices(n, n, 1)
-        one = torch.eye(n, dtype=basis.dtype)
-        member = one[:, i] + one[:, j]
-        sharing = (member.T @ member - 2.0 * torch.eye(len(i), dtype=basis.dtype)) / max(1, 2 * (n - 2))
+        each = torch.eye(n, dtype=basis.dtype)
+        member, before = each[:, i] + each[:, j], torch.ones_like(each).triu(1)
+        which = torch.zeros(n, n, dtype=torch.long)
+        which[i, j] = which[j, i] = torch.arange(len(i))
         centres = torch.tensor(CENTRES, dtype=basis.dtype)
         gaps = centres.diff()
         widths = 1.1 * torch.maximum(torch.cat((gaps[:1], gaps)), torch.cat((gaps, gaps[-1:])))
-        self.n, self.n_bells = n, len(centres)
+        self.n, self.n_bells, self.share = n, len(centres), 1.0 / max(1, 2 * (n - 2))
+        steps, one = (basis[:, i] - basis[:, j]).T.contiguous(), torch.eye(3, dtype=basis.dtype)
         for name, value in (
-            ("steps", (basis[:, i] - basis[:, j]).T.contiguous()), ("sharing", sharing), ("centres", centres),
-            ("scales", 1.0 / (math.sqrt(8.0) * widths)), ("heights", widths / widths.max()),
-            ("tiled", torch.eye(3, dtype=basis.dtype).repeat(1, n - 1)),
+            ("steps", steps), ("columns", steps.repeat_interleave(3, 1)), ("tiled", one.repeat(1, n - 1)),
+            ("member", member), ("sharing", member.T @ member - 2.0 * torch.eye(len(i), dtype=basis.dtype)),
+            ("which", which), ("signs", (before - before.T)[..., None]), ("to_places", torch.kron(basis, one)),
+            ("centres", centres), ("scales", 1.0 / (math.sqrt(8.0) * widths)), ("heights", widths / widths.max()),
         ):  # fmt: skip
             self.register_buffer(name, value, persistent=False)
-        self.register_buffer("columns", self.steps.repeat_interleave(3, 1), persistent=False)
 
     def vectors(self, y: Vectors) -> PairVectors:
         """d_ij (B, P, 3) of relative coordinates (B, 3 (n - 1))."""
@@ -115,7 +119,7 @@ class Pairs(nn.Module):
 
     def around(self, features: PairFeatures) -> PairFeatures:
         """Means over the pairs that share a particle with each pair."""
-        return self.sharing @ features
+        return self.share * (self.member.T @ (self.member @ features) - 2.0 * features)
 
     def _phi(self, push: Push, bells: Bells) -> tuple[Lengths, PairFeatures, PairFeatures]:
         """phi by the bells of all pairs, and the factors of its second part: each pair's own, and its surroundings."""
@@ -138,19 +142,45 @@ class Pairs(nn.Module):
 
         With phi_p of pair p depending on r_q of all pairs q that share a particle with it, by G_pq, it is the scale
         times 1 + sum_p phi_p s_p s_p^T + sum_pq (s_p d_p) G_pq (s_q e_q)^T, s_p the row of `steps`, e the unit vector.
+        G_pp is `own`, and other G_pq are a_p . b_q.
         """
         scale = push.log_scale.exp()
         y = y * scale
         d = self.vectors(y)
         k, slope = self.bells_and_slopes(d)
         phi, mixed, around = self._phi(push, k)
-        own = slope @ push.plain + _sum((slope @ push.mixed) * around)
-        sensitive = SHARPNESS * mixed * (1.0 - around.square())
-        others = (sensitive @ (slope @ push.sense).transpose(1, 2)) * self.sharing
+        own = (slope @ push.plain + _sum((slope @ push.mixed) * around))[..., None]
+        a = (self.share * SHARPNESS) * mixed * (1.0 - around.square())
+        change = self._by_particles if self.n > MOST_BY_PAIRS else self._by_pairs
+        matrix = change(d, phi, own, a, slope @ push.sense)
+        return y + self.back(phi * d), scale * (matrix + torch.eye(y.shape[1]).to(y))
+
+    def _by_pairs(self, d: PairVectors, phi: Lengths, own: Lengths, a: PairFeatures, b: PairFeatures) -> Matrices:
+        """The sums of `pushed_with_jacobian`, as products of pairs with pairs: n^5 of them."""
         along = self._by_coordinates(unit_vectors(d))
-        matrix = self._by_coordinates(d).transpose(1, 2) @ (own[..., None] * along + others @ along)
-        plain = torch.kron((self.steps.T * phi[..., 0][:, None]) @ self.steps, torch.eye(3).to(y))
-        return y + self.back(phi * d), scale * (matrix + plain + torch.eye(y.shape[1]).to(y))
+        others = (a @ b.transpose(1, 2)) * self.sharing
+        matrix = self._by_coordinates(d).transpose(1, 2) @ (own * along + others @ along)
+        return matrix + torch.kron((self.steps.T * phi.transpose(1, 2)) @ self.steps, torch.eye(3).to(d))
+
+    def _by_particles(self, d: PairVectors, phi: Lengths, own: Lengths, a: PairFeatures, b: PairFeatures) -> Matrices:
+        """The same: pairs that share particle i are those of i, so the second sum is sum_i U_i V_i^T, with U_i what all
+        d_ij a_ij do to the particles, V_i what all e_ij b_ij do, less pairs with themselves. That is n^3 S products."""
+        e, one = unit_vectors(d), torch.eye(3).to(d)
+        own = own - 2.0 * _sum(a * b)[..., None]
+        each = ((own * d)[..., None] * e[:, :, None] + phi[..., None] * one).flatten(2)
+        each = (each[:, self.which] * self.signs.abs()).unflatten(3, (3, 3)).transpose(2, 3)
+        matrix = -each
+        matrix.diagonal(dim1=1, dim2=3).add_(each.sum(3).permute(0, 2, 3, 1))
+        matrix = matrix.flatten(3).flatten(1, 2) + self._on_particles(d, a) @ self._on_particles(e, b).transpose(1, 2)
+        basis = self.to_places
+        return basis @ matrix @ basis.T
+
+    def _on_particles(self, d: PairVectors, a: PairFeatures) -> Matrices:
+        """(B, 3 n, n S): for each i and s what the d_ij a_ijs do, which move i by as much as j the other way."""
+        whole, features = (d[:, self.which] * self.signs).transpose(2, 3), a[:, self.which]
+        matrix = features[:, :, None] * whole[..., None]
+        matrix.diagonal(dim1=1, dim2=3).add_(matrix.sum(3).permute(0, 2, 3, 1))
+        return matrix.flatten(3).flatten(1, 2)
 
 
 def _sum(features: PairFeatures) -> Float[Tensor, "batch pairs"]:
