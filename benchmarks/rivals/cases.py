@@ -144,14 +144,15 @@ def cluster(n: int) -> Case:
     """A Lennard-Jones cluster in a harmonic trap; overlaps are softened while methods learn."""
     from openmm_tsf.edg.lennard_jones import LennardJones
 
-    target = LennardJones(n)
+    target, pairs = LennardJones(n), {"width": 0.001, "stages": 12, "learning_rate": 5e-3, "weight_average": 0.99}
+    if n < 20:
+        pairs.update({"spread": 0.9, "steps": 1500, "batch": 96, "walkers": 96})
+    else:  # overlaps of a cloud of latents are many more
+        pairs.update({"spread": 1.2, "steps": 1000, "batch": 16, "anneal_from": 0.1, "soften_above": 4000.0})
     return Case(
         f"LJ{n}", "lj", target, training=target.softened(), scale=0.7 if n < 20 else 1.1, evaluations=CLUSTERS[n],
         n=10_000 if n < 20 else 1_000, network={"hidden": 256}, dynamics={"stages": 5, "batch": 256, "step": 0.01},
-        pairs={
-            "spread": 0.9, "width": 0.001, "stages": 12, "steps": 1500, "batch": 96, "walkers": 96,
-            "learning_rate": 5e-3, "weight_average": 0.99,
-        },
+        pairs=pairs,
         steps={
             "steps": 5000, "anneal_from": 0.3, "anneal_share": 0.2, "learning_rate": 1.5e-3, "soften_above": 200.0,
         },

@@ -30,6 +30,8 @@ LONGEST = 1.0
 """Norm of a step beyond which it is not believed: it never gets longer."""
 DAMPING = 1e-8
 """Added to J^T J, as a share of its mean eigenvalue."""
+ROWS = 64
+"""Posteriors made at once: matrices of pairs of more of them are slow to allocate."""
 IN_TRAINING = 2
 """Newton steps in training, which leaves out what they do not find."""
 FOUND = 0.01
@@ -49,7 +51,7 @@ class PairScore(nn.Module):
     corrected = False
 
     def __init__(
-        self, decoder: PairDecoder, diffusion: VariancePreserving, *, repeats: int = 4, refinements: int = 5
+        self, decoder: PairDecoder, diffusion: VariancePreserving, *, repeats: int = 4, refinements: int = 4
     ) -> None:
         super().__init__()
         self._decoder = (decoder,)  # a tuple hides it from the module's parameters
@@ -59,6 +61,11 @@ class PairScore(nn.Module):
     @torch.no_grad()
     def given(self, x: Vectors, tau: Scalars | None = None) -> Given:
         """What is needed of x (B, d); without derivatives."""
+        mean, log_width, axes = map(torch.cat, zip(*(self._posterior(some) for some in x.split(ROWS)), strict=True))
+        return Given(x, x[:, :0], mean, log_width, tau, axes)
+
+    def _posterior(self, x: Vectors) -> tuple[Latents, Latents, Matrices]:
+        """Mean, ln of widths, and axes of Laplace's approximation."""
         decoder = self._decoder[0]
         m = self.latents(x, self.refinements)
         centre, matrix = decoder.centre_and_jacobian(m)
@@ -66,7 +73,7 @@ class PairScore(nn.Module):
         scaled = (matrix / square.sqrt()[..., None]).double()
         values, axes = (v.to(m) for v in torch.linalg.eigh(_square(scaled) + torch.eye(m.shape[1]).to(scaled)))
         mean = m - (axes @ ((m[:, None] @ axes)[:, 0] / values)[..., None])[..., 0]
-        return Given(x, x[:, :0], mean, -0.5 * values.log(), tau, axes)
+        return mean, -0.5 * values.log(), axes
 
     def latents(self, x: Vectors, refinements: int) -> Latents:
         """m (B, d) of x (B, d); the last Newton step makes it differentiable by the decoder's parameters."""
