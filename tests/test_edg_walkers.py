@@ -222,12 +222,12 @@ def test_walkers_make_rare_clusters_less_rare():
     """Six particles: with as many steps, half of whose rows are walkers, a larger effective sample size."""
     cluster, ess = LennardJones(6), []
     for walkers, batch in ((0, 192), (96, 96)):
-        settings = EDGSettings(decoder="pairs", score="pairs", stages=12, spread=0.9, width=0.01)
+        settings = EDGSettings(decoder="pairs", score="pairs", stages=12, spread=0.9, width=0.001)
         edg = build_edg(cluster, settings, seed=1)
         training = EDGTrainingSettings(
             steps=300, batch=batch, walkers=walkers, learning_rate=5e-3, anneal_from=0.3, anneal_share=0.2,
-            soften_above=200.0,
+            soften_above=200.0, weight_average=0.99,
         )  # fmt: skip
         train_edg(edg, cluster.softened(), training, seed=1)
         ess.append(draw(edg, cluster, n=10_000, generator=seeded(1)).ess)
-    assert ess[1] > 0.7 and ess[1] > ess[0] + 0.1
+    assert ess[1] > ess[0] > 0.5 and ess[1] > 0.75
