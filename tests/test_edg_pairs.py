@@ -264,6 +264,12 @@ def exact_log_z(n, tau=1.0):
     return math.log(float(integral) / 3.0**1.5)  # |d(x_2 - x_1, x_3 - x_1)/dy| = 3^(3/2)
 
 
+def test_clusters_are_narrow_by_default():
+    edg = build_edg(LennardJones(3), EDGSettings(decoder="pairs", score="pairs", spread=2.0))
+    assert edg.settings.width == 0.001 and edg.decoder.conditional(torch.zeros(1, 6)).log_width.exp().max() < 0.0021
+    assert EDGSettings().width == 0.3 and EDGSettings(decoder="pairs", score="pairs", width=0.05).width == 0.05
+
+
 def test_settings_that_do_not_fit():
     with pytest.raises(ValueError, match='both "pairs" or neither'):
         EDGSettings(decoder="pairs")

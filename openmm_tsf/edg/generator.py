@@ -126,7 +126,8 @@ class EDGSettings:
         latent_dim: number of latents; by default as many as components of x.
         hidden, depth: width and number of hidden layers of every network.
         spread: standard deviation of x at the start, in its unit.
-        width: of x given its latents at the start, as a share of `spread` ("gaussian", "pairs").
+        width: of x given its latents, as a share of `spread`: at the start, by default 0.3 ("gaussian"); or for good,
+            by default 0.001, and the wider it is the less even weights are ("pairs").
         stages, leaps, step: of the dynamics ("hamiltonian"); stages also counts pushes ("pairs").
         conditioned: temperature is an input, for training over a range.
         lattice: rows and columns of the periodic lattice on whose sites x is, see `lattice`; with the decoder
@@ -139,7 +140,7 @@ class EDGSettings:
     hidden: int = 64
     depth: int = 3
     spread: float = 1.0
-    width: float = 0.3
+    width: float | None = None
     stages: int = 5
     leaps: int = 1
     step: float = 0.05
@@ -147,6 +148,8 @@ class EDGSettings:
     lattice: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.width is None:
+            object.__setattr__(self, "width", 0.001 if self.decoder == "pairs" else 0.3)
         for name, kinds in (("decoder", DecoderKind), ("score", ScoreKind)):
             if getattr(self, name) not in get_args(kinds):
                 wanted = ", ".join(get_args(kinds))

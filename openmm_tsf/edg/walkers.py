@@ -103,7 +103,7 @@ def learn_from(edg: EDG, x: Vectors, energy: Scalars, *, generator: torch.Genera
 
 
 def near(log_weights: Scalars) -> Mask:
-    """Which of walkers with ln w (W,) are learned from: not those with NaN, nor those that are `FAR`."""
+    """Which of walkers with ln w (W,) are learned from: not those with NaN, nor those `FAR` above the median."""
     return log_weights <= log_weights.nanmedian() + FAR
 
 
