@@ -144,7 +144,7 @@ def cluster(n: int) -> Case:
     """A Lennard-Jones cluster in a harmonic trap; overlaps are softened while methods learn."""
     from openmm_tsf.edg.lennard_jones import LennardJones
 
-    target, pairs = LennardJones(n), {"width": None, "stages": 12, "learning_rate": 5e-3, "weight_average": 0.99}
+    target, pairs = LennardJones(n), {"stages": 12, "learning_rate": 5e-3, "weight_average": 0.99}
     if n < 20:
         pairs.update({"spread": 0.9, "steps": 1500, "batch": 96, "walkers": 96})
     else:  # overlaps of a cloud of latents are many more
