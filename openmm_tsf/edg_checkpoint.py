@@ -33,8 +33,8 @@ from .internals import FlatInternals
 from .systems import Molecule
 from .typing import Energy, Scalars, Vectors
 
-FORMAT = "openmm_tsf edg 1"
-MOLECULAR_FORMAT = "openmm_tsf molecular edg 1"
+FORMAT = "openmm_tsf edg 2"
+MOLECULAR_FORMAT = "openmm_tsf molecular edg 2"
 N_POINTS = 8
 """Points at which a file knows the energy of its target."""
 TOLERANCE = 1e-4

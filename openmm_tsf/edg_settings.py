@@ -22,6 +22,7 @@ class MolecularEDGSettings:
             to learn.
         hidden, depth: width and number of hidden layers of every network.
         width: of coordinates given their latents at the start, in units of their spread.
+        harmonics: of torsions and latents that networks read; the third is that of methyl groups.
         stages, step: of the dynamics ("hamiltonian").
         steps, batch: of training; each draw of a batch costs an energy and its gradient.
         learning_rate: largest.
@@ -34,7 +35,8 @@ class MolecularEDGSettings:
     latents: int | None = None
     hidden: int = 128
     depth: int = 3
-    width: float = 0.7
+    width: float = 0.15
+    harmonics: int = 3
     stages: int = 3
     step: float = 0.01
     steps: int = 3000
@@ -71,7 +73,8 @@ class MolecularEDGSettings:
         """The architecture, of a molecule with so many soft torsions."""
         return EDGSettings(
             decoder=self.decoder, latent_dim=self.latents or max(1, n_soft), hidden=self.hidden, depth=self.depth,
-            width=self.width, stages=self.stages, step=self.step, conditioned=self.conditioned,
+            width=self.width, harmonics=self.harmonics, stages=self.stages, step=self.step,
+            conditioned=self.conditioned,
         )  # fmt: skip
 
     @property

@@ -96,12 +96,12 @@ def test_wrong_files_are_named(path, tmp_path):
         load_edg(tmp_path / "none.edg")
     with pytest.raises(CheckpointError, match=r"not an openmm_tsf generator of vectors .*'openmm_tsf flow 1'"):
         load_edg(pretrained_path("ala2"))
-    with pytest.raises(CheckpointError, match=r"not an openmm_tsf flow .*'openmm_tsf edg 1'"):
+    with pytest.raises(CheckpointError, match=r"not an openmm_tsf flow .*'openmm_tsf edg 2'"):
         load_flow(path)
     with pytest.raises(CheckpointError, match="not an openmm_tsf generator of a molecule"):
         load_molecular_edg(path)
     altered(path, format="openmm_tsf edg 0")
-    with pytest.raises(CheckpointError, match="'openmm_tsf edg 0', expected 'openmm_tsf edg 1'"):
+    with pytest.raises(CheckpointError, match="'openmm_tsf edg 0', expected 'openmm_tsf edg 2'"):
         load_edg(path)
     save_edg(made(), path, target=Pair())
     altered(path, facts=json.dumps({"settings": {}, "dim": 3}))

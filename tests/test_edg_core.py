@@ -14,6 +14,7 @@ from openmm_tsf.edg import (
     EDG,
     Conditional,
     EDGSettings,
+    EDGTrainingSettings,
     HamiltonianDecoder,
     VariancePreserving,
     build_edg,
@@ -21,10 +22,11 @@ from openmm_tsf.edg import (
     encoder_log_prob,
     encoder_ode,
     kl_bound,
+    train_edg,
 )  # fmt: skip
 from openmm_tsf.edg.bound import base_integral, integrand
 from openmm_tsf.edg.decoders import tamed
-from openmm_tsf.edg.networks import leading, log_normal, slope
+from openmm_tsf.edg.networks import leading, log_normal, slope, with_harmonics
 from openmm_tsf.edg.scores import Given, Parts
 
 DIFFUSION = VariancePreserving()
@@ -251,7 +253,9 @@ def test_antithetic_noise_keeps_the_start_of_time_quiet(generator):
     EDGSettings(hidden=8, depth=1, score="energy"), EDGSettings(hidden=8, depth=1, latent_dim=1, conditioned=True),
     EDGSettings(hidden=8, depth=1, decoder="hamiltonian", stages=2, leaps=2),
     EDGSettings(hidden=8, depth=1, decoder="hamiltonian", stages=1, score="energy", conditioned=True),
-], ids=lambda s: f"{s.decoder}-{s.score}")  # fmt: skip
+    EDGSettings(hidden=8, depth=1, latent_dim=1, conditioned=True, harmonics=2),
+    EDGSettings(hidden=8, depth=1, decoder="hamiltonian", stages=1, score="plain", harmonics=1),
+], ids=lambda s: f"{s.decoder}-{s.score}-{s.harmonics}")  # fmt: skip
 def test_gradients_equal_finite_differences(settings):
     """Of the bound with the same random numbers, along random directions of all parameters."""
     edg, target = perturbed(build_edg(Quartic(), settings, seed=1), 0.2, 2), Quartic()
@@ -438,6 +442,38 @@ def test_decoders_start_simple_and_take_temperature():
         edg.decoder.conditional(z)
     assert torch.equal(leading(z, 3), torch.cat((z, torch.zeros(4, 1)), 1))
     assert torch.equal(leading(z, 1), z[:, :1])
+    edg = build_edg(Quartic(), EDGSettings(spread=3.0, width=0.2, latent_dim=1), seed=0)
+    assert torch.allclose(edg.decoder.conditional(z[:, :1]).log_width.exp(), torch.tensor([0.6, 3.0]))  # no latent, all
+
+
+def test_harmonics_are_those_of_the_share_below():
+    """Quarters of N(0, 1) are quarters of a turn; the other columns stay as they are."""
+    quartile = 0.6744897501960817
+    got = with_harmonics(torch.tensor([[-quartile, 5.0], [0.0, 6.0], [quartile, 7.0]]), 2, 1)
+    turns = [[1.0, 0.0, 0.0, -1.0], [0.0, -1.0, 0.0, 1.0], [-1.0, 0.0, 0.0, -1.0]]
+    expected = torch.tensor([[-quartile, 5.0, *turns[0]], [0.0, 6.0, *turns[1]], [quartile, 7.0, *turns[2]]])
+    assert torch.allclose(got, expected, atol=1e-12)
+    assert torch.equal(with_harmonics(expected, 0), expected)
+    assert with_harmonics(expected, 3).shape == (3, 6 * 7)
+
+
+def test_networks_with_harmonics_make_many_peaks():
+    """Three wells in a row on a line. Without harmonics the same training ends 0.3 to 0.5 nat below ln Z."""
+
+    class Threefold:
+        dim = 1
+
+        def __call__(self, x):
+            return (0.5 * x.square() + 1.5 * torch.cos(6.0 * math.pi * torch.special.ndtr(x))).sum(1)
+
+    x = torch.linspace(-8.0, 8.0, 4001)[:, None]
+    log_z = math.log(float(torch.exp(-Threefold()(x)).sum() * 0.004))
+    edg = build_edg(Threefold(), EDGSettings(hidden=32, depth=2, width=0.15, harmonics=3), seed=1)
+    training = EDGTrainingSettings(steps=600, batch=256, anneal_from=0.3, learning_rate=1e-2, weight_average=0.98)
+    train_edg(edg, Threefold(), training, seed=1)
+    made = draw(edg, Threefold(), n=2000, generator=seeded(1))
+    assert abs(made.log_z - log_z) < 4.0 * made.log_z_error < 0.06
+    assert 0.0 < log_z - made.log_z_bound < 0.2
 
 
 def test_scores_start_uninformed_and_are_what_they_say():
@@ -631,7 +667,7 @@ def test_errors_that_say_what_is_wrong(monkeypatch):
         edg.at(0.5)
     with pytest.raises(ValueError, match="above 0"):
         edg.at(-1.0)
-    for bad in ({"hidden": 0}, {"leaps": 0}):
+    for bad in ({"hidden": 0}, {"leaps": 0}, {"harmonics": -1}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             EDGSettings(**bad)
 

@@ -275,6 +275,8 @@ def test_settings_that_do_not_fit():
         EDGSettings(decoder="pairs")
     with pytest.raises(ValueError, match="one temperature"):
         EDGSettings(decoder="pairs", score="pairs", conditioned=True)
+    with pytest.raises(ValueError, match="neither clusters nor lattices"):
+        EDGSettings(decoder="pairs", score="pairs", harmonics=2)
 
     class Flat:
         dim = 6

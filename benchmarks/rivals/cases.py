@@ -193,7 +193,7 @@ def alanine(kelvin: float) -> Case:
     return Case(
         f"ala2_{kelvin:g}K", "molecule", target, training=target.walled(), scale=1.0, evaluations=4_000_000, n=20_000,
         facts={"molecule": molecule, "energy": energy, "kelvin": kelvin},
-        network={"hidden": 128, "latent_dim": int(target.internals.circular.sum()), "width": 0.7},
+        network={"hidden": 128, "latent_dim": int(target.internals.circular.sum()), "width": 0.15, "harmonics": 3},
         dynamics={"stages": 3, "batch": 256, "step": 0.01, "latent_dim": None},
         steps={"anneal_from": 0.3, "anneal_share": 0.4, "learning_rate": 4e-3},
     )  # fmt: skip

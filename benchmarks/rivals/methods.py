@@ -72,8 +72,8 @@ def autoencoder(case: Case, budget: Budget, n: int, seed: int, *, decoder: str, 
 
     latents = settings.latent_dim or case.target.dim
     return vae(
-        case.learned, budget, n, scale=case.scale, decoder=build, latent_dim=latents, costs=1 + slopes,
-        batch=training["batch"], seed=seed, name=name,
+        case.learned, budget, n, scale=case.scale, decoder=build, latent_dim=latents,
+        harmonics=settings.harmonics, costs=1 + slopes, batch=training["batch"], seed=seed, name=name,
     )  # fmt: skip
 
 

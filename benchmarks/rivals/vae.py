@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from openmm_tsf.edg.decoders import Conditional
+from openmm_tsf.edg.networks import with_harmonics
 from openmm_tsf.nets import perceptron
 from openmm_tsf.typing import Scalars, Vectors
 
@@ -40,17 +41,22 @@ class Encoder(nn.Module):
     Args:
         dim, latent_dim: d and d_z.
         scale: the network reads x / scale.
+        harmonics: that it reads too, of as many components of x as there are latents.
         hidden, depth: its size.
     """
 
-    def __init__(self, dim: int, latent_dim: int, scale: float, *, hidden: int = 128, depth: int = 3) -> None:
+    def __init__(
+        self, dim: int, latent_dim: int, scale: float, *, harmonics: int = 0, hidden: int = 128, depth: int = 3
+    ) -> None:
         super().__init__()
-        self.scale = scale
-        self.net = perceptron(dim, 2 * latent_dim, hidden=hidden, depth=depth)
+        self.scale, self.harmonics, self.latent_dim = scale, harmonics, latent_dim
+        n = dim + 2 * harmonics * min(dim, latent_dim)
+        self.net = perceptron(n, 2 * latent_dim, hidden=hidden, depth=depth)
 
     def log_prob(self, z: Vectors, x: Vectors) -> Scalars:
         """ln q(z | x) (B,)."""
-        mean, log_width = self.net(x / self.scale).chunk(2, 1)
+        features = with_harmonics(x / self.scale, self.harmonics, self.latent_dim)
+        mean, log_width = self.net(features).chunk(2, 1)
         return Conditional(mean, log_width).log_prob(z)
 
 
@@ -75,8 +81,8 @@ class Pair(nn.Module):
 
 
 def vae(
-    target: Any, budget: Budget, n: int, *, scale: float, decoder: Any, latent_dim: int, costs: int = 1,
-    batch: int = 256, rate: float = 2e-3, anneal: bool = True, seed: int, name: str = "vae",
+    target: Any, budget: Budget, n: int, *, scale: float, decoder: Any, latent_dim: int, harmonics: int = 0,
+    costs: int = 1, batch: int = 256, rate: float = 2e-3, anneal: bool = True, seed: int, name: str = "vae",
 ) -> Drawn:  # fmt: skip
     """Train decoder and encoder within the budget, then n weighted draws.
 
@@ -87,6 +93,7 @@ def vae(
         scale: the encoder reads x / scale.
         decoder: makes one, given the counted target, which decoders that read its gradients are to call.
         latent_dim: d_z.
+        harmonics: that the encoder reads, see `Encoder`.
         costs: energies of a draw beyond those that the decoder asks the target for in a plain forward pass: 1 for
             U(x), and 1 for each gradient of the decoder that training differentiates again.
         batch: draws in a step of the optimiser.
@@ -98,7 +105,7 @@ def vae(
     counted = Counted(target, budget)
 
     def build() -> Pair:
-        return Pair(decoder(counted), Encoder(target.dim, latent_dim, scale))
+        return Pair(decoder(counted), Encoder(target.dim, latent_dim, scale, harmonics=harmonics))
 
     pair = seeded(seed, build)
 

@@ -10,7 +10,16 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from openmm_tsf.edg.networks import Features, Latents, Target, leading, log_normal, slope, with_temperature
+from openmm_tsf.edg.networks import (
+    Features,
+    Latents,
+    Target,
+    leading,
+    log_normal,
+    slope,
+    with_harmonics,
+    with_temperature,
+)
 from openmm_tsf.nets import perceptron
 from openmm_tsf.typing import Scalars, Vectors
 
@@ -64,7 +73,8 @@ class GaussianDecoder(nn.Module):
         latent_dim, dim: numbers of latents and of components; components beyond the latents start without them.
         hidden, depth: of the perceptron.
         spread: standard deviation of x at the start, in the unit of x; about that of the target when heated up.
-        width: at the start, in units of `spread`.
+        width: at the start, in units of `spread`; components beyond the latents start as wide as `spread`.
+        harmonics: of the latents, see `with_harmonics`.
         conditioned: whether ln tau is an input; widths then grow as sqrt(tau) before the network corrects them.
     """
 
@@ -72,16 +82,21 @@ class GaussianDecoder(nn.Module):
 
     def __init__(
         self, latent_dim: int, dim: int, *, hidden: int = 128, depth: int = 3, spread: float = 1.0, width: float = 0.3,
-        conditioned: bool = False,
+        harmonics: int = 0, conditioned: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.latent_dim, self.dim, self.conditioned = latent_dim, dim, conditioned
-        self.spread, self.log_width = positive("spread", spread), math.log(positive("width", width) * spread)
-        self.net = perceptron(latent_dim + conditioned, 2 * dim, hidden=hidden, depth=depth)
+        self.spread, self.harmonics = positive("spread", spread), harmonics
+        widths = torch.full((dim,), self.spread, dtype=torch.float64)
+        widths[:latent_dim] *= positive("width", width)
+        self.register_buffer("log_width", widths.log(), persistent=False)
+        n = latent_dim * (1 + 2 * harmonics) + conditioned
+        self.net = perceptron(n, 2 * dim, hidden=hidden, depth=depth)
 
     def conditional(self, z: Latents, tau: Scalars | None = None) -> Conditional:
         """x | z of latents (B, d_z) at temperatures (B,)."""
-        shift, change = self.net(with_temperature(z, tau, conditioned=self.conditioned)).chunk(2, 1)
+        features = with_temperature(with_harmonics(z, self.harmonics), tau, conditioned=self.conditioned)
+        shift, change = self.net(features).chunk(2, 1)
         log_width = self.log_width + bounded(change)
         if self.conditioned:
             log_width = log_width + 0.5 * tau.log()[:, None]
@@ -116,6 +131,7 @@ class HamiltonianDecoder(nn.Module):
         step: e_l and e at the start, in units where U of curvature 1 has the period 2 pi.
         hidden, depth: of the networks.
         spread: standard deviation of y at the start, and the farthest that a force moves a component at once.
+        harmonics: of the latents, for what the dynamics start from; see `with_harmonics`.
         conditioned: whether ln tau is an input of the networks.
 
     Source: Wang, Guo, Wu, Zhou, arXiv 2401.02080, where e_l = e0 exp(e0 eps_l) for any tau, Q has a factor e0, and
@@ -125,7 +141,8 @@ class HamiltonianDecoder(nn.Module):
 
     def __init__(
         self, target: Target, dim: int, stages: int, *, leaps: int = 1, latent_dim: int | None = None,
-        step: float = 0.05, hidden: int = 64, depth: int = 2, spread: float = 1.0, conditioned: bool = False,
+        step: float = 0.05, hidden: int = 64, depth: int = 2, spread: float = 1.0, harmonics: int = 0,
+        conditioned: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         if stages < 0 or leaps < 1:
@@ -134,7 +151,8 @@ class HamiltonianDecoder(nn.Module):
         self.dim, self.stages, self.leaps = dim, stages, leaps
         self.conditioned, self.latent_dim, self.n_slopes = conditioned, latent_dim or dim, stages * leaps + 1
         self.spread, size = positive("spread", spread), {"hidden": hidden, "depth": depth}
-        self.start = perceptron(self.latent_dim + conditioned, dim * (1 + stages), **size)
+        self.harmonics, n = harmonics, self.latent_dim * (1 + 2 * harmonics) + conditioned
+        self.start = perceptron(n, dim * (1 + stages), **size)
         self.mixing = nn.Parameter(torch.randn(stages, self.latent_dim, dim) / math.sqrt(self.latent_dim))
         self.kicks = nn.ModuleList(perceptron(dim + conditioned, 2 * dim, **size) for _ in range(stages))
         self.drifts = nn.ModuleList(perceptron(dim + conditioned, 2 * dim, **size) for _ in range(stages))
@@ -155,7 +173,7 @@ class HamiltonianDecoder(nn.Module):
 
     def conditional(self, z: Latents, tau: Scalars | None = None) -> Conditional:
         """x | z of latents (B, d_z) at temperatures (B,)."""
-        shift, *velocities = self.start(self._input(z, tau)).chunk(1 + self.stages, 1)
+        shift, *velocities = self.start(self._input(with_harmonics(z, self.harmonics), tau)).chunk(1 + self.stages, 1)
         y = self.spread * (leading(z, self.dim) + shift)
         heat = z.new_ones(1, 1) if tau is None else tau[:, None]
         g = slope(self.target, y, tau)
@@ -176,7 +194,7 @@ class HamiltonianDecoder(nn.Module):
         q, t = self.kicks[stage](self._input(y / self.spread, tau)).chunk(2, 1)
         return tamed(0.5 * h * g * torch.exp(0.5 * bounded(q)), self.spread / h) + 0.5 * h * t
 
-    def _input(self, z: Latents, tau: Scalars | None) -> Features:
+    def _input(self, z: Vectors, tau: Scalars | None) -> Features:
         return with_temperature(z, tau, conditioned=self.conditioned)
 
 

@@ -126,8 +126,11 @@ class EDGSettings:
         latent_dim: number of latents; by default as many as components of x.
         hidden, depth: width and number of hidden layers of every network.
         spread: standard deviation of x at the start, in its unit.
-        width: of x given its latents, as a share of `spread`: at the start, by default 0.3 ("gaussian"); or for good,
-            by default 0.001, and the wider it is the less even weights are ("pairs").
+        width: of x given its latents, as a share of `spread`: at the start, by default 0.3, for as many components as
+            there are latents ("gaussian"); or for good, by default 0.001, and the wider it is the less even weights
+            are ("pairs").
+        harmonics: sines and cosines of latents and of x that networks read, for targets with several peaks in a row;
+            0 for none; see `networks.with_harmonics`.
         stages, leaps, step: of the dynamics ("hamiltonian"); stages also counts pushes ("pairs").
         conditioned: temperature is an input, for training over a range.
         lattice: rows and columns of the periodic lattice on whose sites x is, see `lattice`; with the decoder
@@ -141,6 +144,7 @@ class EDGSettings:
     depth: int = 3
     spread: float = 1.0
     width: float | None = None
+    harmonics: int = 0
     stages: int = 5
     leaps: int = 1
     step: float = 0.05
@@ -157,6 +161,10 @@ class EDGSettings:
         for name in ("hidden", "depth", "leaps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"generator setting {name} must be at least 1, not {getattr(self, name)}")
+        if self.harmonics < 0:
+            raise ValueError(f"generator setting harmonics must not be negative, it is {self.harmonics}")
+        if self.harmonics and (self.decoder == "pairs" or self.lattice is not None):
+            raise ValueError("neither clusters nor lattices have networks that read harmonics; leave them at 0")
         if (self.decoder == "pairs") != (self.score == "pairs"):
             raise ValueError(f'decoder and score are both "pairs" or neither, not {self.decoder!r} and {self.score!r}')
         if self.decoder == "pairs" and (self.conditioned or self.latent_dim is not None):
@@ -191,7 +199,7 @@ def build_edg(target: Target, settings: EDGSettings | None = None, *, seed: int 
 def _of_vectors(target: Target, settings: EDGSettings, diffusion: VariancePreserving) -> tuple[Decoder, Score]:
     latent_dim = settings.latent_dim or target.dim
     size: dict[str, Any] = {"hidden": settings.hidden, "depth": settings.depth}
-    common = {**size, "spread": settings.spread, "conditioned": settings.conditioned}
+    common = {**size, **{name: getattr(settings, name) for name in ("spread", "harmonics", "conditioned")}}
     decoder: Decoder
     if settings.decoder == "hamiltonian":
         dynamics = {"leaps": settings.leaps, "latent_dim": latent_dim, "step": settings.step}

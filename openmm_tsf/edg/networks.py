@@ -47,6 +47,17 @@ def with_temperature(x: Vectors, tau: Scalars | None, *, conditioned: bool) -> F
     return torch.cat((x, tau.log()[:, None]), 1)
 
 
+def with_harmonics(x: Vectors, harmonics: int, columns: int | None = None) -> Features:
+    """x with sines and cosines of multiples of the angles 2 pi Phi(x), Phi the distribution function of N(0, 1), for
+    the first columns of x (by default all): a density with many peaks along x is then near at hand for a network.
+
+    Source: Tancik et al., arXiv 2006.10739 (Fourier features).
+    """
+    angles = 2.0 * math.pi * torch.special.ndtr(x[:, :columns])
+    multiples = (k * angles for k in range(1, harmonics + 1))
+    return torch.cat((x, *(wave for angle in multiples for wave in (angle.sin(), angle.cos()))), 1)
+
+
 def time_features(u: Scalars) -> Features:
     """Smooth features of clock readings in [0, 1]."""
     angles = math.pi * u[:, None] * torch.arange(1, TIME_FEATURES, dtype=u.dtype, device=u.device)

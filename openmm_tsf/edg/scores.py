@@ -30,7 +30,15 @@ from torch import Tensor, nn
 
 from openmm_tsf.edg.decoders import Decoder, bounded, positive
 from openmm_tsf.edg.diffusion import VariancePreserving
-from openmm_tsf.edg.networks import TIME_FEATURES, Features, Latents, log_normal, time_features, with_temperature
+from openmm_tsf.edg.networks import (
+    TIME_FEATURES,
+    Features,
+    Latents,
+    log_normal,
+    time_features,
+    with_harmonics,
+    with_temperature,
+)
 from openmm_tsf.nets import perceptron
 from openmm_tsf.typing import Scalars, Vectors
 
@@ -113,6 +121,7 @@ class PlainScore(nn.Module):
         diffusion: of the encoder.
         hidden, depth: of the network.
         spread: about the standard deviation of x.
+        harmonics: of as many components of x as there are latents, see `with_harmonics`.
         conditioned: whether ln tau is an input.
     """
 
@@ -120,17 +129,18 @@ class PlainScore(nn.Module):
 
     def __init__(
         self, latent_dim: int, dim: int, diffusion: VariancePreserving, *, hidden: int = 128, depth: int = 3,
-        spread: float = 1.0, conditioned: bool = False,
+        spread: float = 1.0, harmonics: int = 0, conditioned: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.latent_dim, self.diffusion, self.conditioned = latent_dim, diffusion, conditioned
-        self.spread = positive("spread", spread)
-        n = latent_dim + dim + TIME_FEATURES + conditioned
+        self.spread, self.harmonics = positive("spread", spread), harmonics
+        n = latent_dim + dim + 2 * harmonics * min(latent_dim, dim) + TIME_FEATURES + conditioned
         self.net = perceptron(n, latent_dim, hidden=hidden, depth=depth)
 
     def given(self, x: Vectors, tau: Scalars | None = None) -> Given:
         """What is needed of x (B, d) at temperatures (B,)."""
-        features = with_temperature(x / self.spread, tau, conditioned=self.conditioned)
+        scaled = with_harmonics(x / self.spread, self.harmonics, self.latent_dim)
+        features = with_temperature(scaled, tau, conditioned=self.conditioned)
         nothing = x.new_zeros(len(x), self.latent_dim)
         return Given(x, features, nothing, nothing, tau)
 
@@ -184,25 +194,29 @@ class GaussianScore(nn.Module):
         hidden, depth: of the networks.
         features: numbers of x that the first network hands on to the correction.
         spread: about the standard deviation of x.
+        harmonics: of as many components of x as there are latents, see `with_harmonics`.
         conditioned: whether ln tau is an input.
         corrected: False leaves s' out.
     """
 
     def __init__(
         self, latent_dim: int, dim: int, diffusion: VariancePreserving, *, hidden: int = 128, depth: int = 3,
-        features: int = 16, spread: float = 1.0, conditioned: bool = False, corrected: bool = True,
+        features: int = 16, spread: float = 1.0, harmonics: int = 0, conditioned: bool = False,
+        corrected: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.latent_dim, self.diffusion = latent_dim, diffusion
+        self.latent_dim, self.diffusion, self.harmonics = latent_dim, diffusion, harmonics
         self.conditioned, self.corrected, self.spread = conditioned, corrected, positive("spread", spread)
-        self.encoder = perceptron(dim + conditioned, 2 * latent_dim + features, hidden=hidden, depth=depth)
-        n = 2 * latent_dim + dim + features + TIME_FEATURES + conditioned
+        n = dim + 2 * harmonics * min(latent_dim, dim) + conditioned
+        self.encoder = perceptron(n, 2 * latent_dim + features, hidden=hidden, depth=depth)
+        n += 2 * latent_dim + features + TIME_FEATURES
         if corrected:
             self.net = perceptron(n, latent_dim, hidden=hidden, depth=depth)
 
     def given(self, x: Vectors, tau: Scalars | None = None) -> Given:
         """What is needed of x (B, d) at temperatures (B,)."""
-        plain = with_temperature(x / self.spread, tau, conditioned=self.conditioned)
+        scaled = with_harmonics(x / self.spread, self.harmonics, self.latent_dim)
+        plain = with_temperature(scaled, tau, conditioned=self.conditioned)
         mean, log_width, more = self.encoder(plain).tensor_split((self.latent_dim, 2 * self.latent_dim), 1)
         return Given(x, torch.cat((plain, more), 1), mean, bounded(log_width), tau)
 
