@@ -21,7 +21,7 @@ class MolecularEDGSettings:
         latents: number of latents, by default as many as soft torsions; more take stiff coordinates too, and are slow
             to learn.
         hidden, depth: width and number of hidden layers of every network.
-        width: of coordinates given their latents at the start, in units of their spread.
+        width: of coordinates given their latents at the start: of soft torsions in units of pi/sqrt(3).
         harmonics: of torsions and latents that networks read; the third is that of methyl groups.
         stages, step: of the dynamics ("hamiltonian").
         steps, batch: of training; each draw of a batch costs an energy and its gradient.

@@ -24,7 +24,7 @@ MOST_LOST = 0.01
 def train_generator(run: Run, molecule: Molecule, frames: Frames, progress: Progress | None = None) -> None:
     """Write generator.edg and history.json: training on the energy alone.
 
-    The frames say where coordinates have their centres, how wide they are and how they are correlated, and where the
+    The frames say where coordinates have their centres, how wide and how correlated stiff ones are, and where the
     windows of soft torsions lie; no frame is learned from.
 
     Raises:

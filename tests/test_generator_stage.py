@@ -44,7 +44,7 @@ latents = 2
 hidden = 12
 depth = 1
 width = 0.9
-steps = 120
+steps = 250
 batch = 64
 learning_rate = 0.01
 checkpoint_every = 10
@@ -100,7 +100,7 @@ def test_ln_z_is_that_of_the_molecule_at_both_temperatures(chain):
 def test_metrics_and_report_say_what_the_model_is(chain):
     metrics = json.loads((chain / "run" / "metrics.json").read_text())
     assert metrics["model"] == "edg" and metrics["is_conditioned"] and not metrics["steers"]
-    assert metrics["n_energy_evaluations_train"] == 120 * 64
+    assert metrics["n_energy_evaluations_train"] == 250 * 64
     assert metrics["log_z_bound_target_nat"] < metrics["log_z_target_nat"]
     page = (chain / "run" / "report.html").read_text()
     for words in (
@@ -211,7 +211,7 @@ def test_energies_that_are_not_finite_in_places_are_named(copied):
 
     frames = mdtraj.load(copied / "training.dcd", top=copied / "topology.pdb").xyz
     target = molecular_target(molecule, holes, frames, 600.0, walled=True)
-    words = r"\d+ of 7680 draws of training \(\d+ %\) had an energy that is not finite and taught nothing"
+    words = r"\d+ of 16000 draws of training \(\d+ %\) had an energy that is not finite and taught nothing"
     with open_run(copied) as run, pytest.warns(UserWarning, match=words):
         generator = trained(run, target, molecule, lambda done, total, message: None)
     assert all(torch.isfinite(p).all() for p in generator.edg.parameters())

@@ -177,7 +177,7 @@ def ising(temperature: float) -> Case:
 
 
 def alanine(kelvin: float) -> Case:
-    """Alanine dipeptide in whitened flat internals; centres and widths are of the shipped flow's draws at 600 K.
+    """Alanine dipeptide in whitened flat internals; centres and covariances are of the shipped flow's draws at 600 K.
 
     The network decoder has as many latents as there are soft torsions: given them, the rest is nearly Gaussian.
     Dynamics add little noise of their own, and have a latent for each coordinate.

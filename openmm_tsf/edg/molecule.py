@@ -1,8 +1,8 @@
 """A molecule as a target: the reduced energy of whitened flat internals.
 
 Vectors x stand for flat internals q = centre + root x. Bonds, angles and stiff torsions are whitened together, by mean
-and covariance of some frames; soft torsions are scaled one by one. Soft torsions come first in x, then stiff ones,
-angles and bonds, so that a decoder with fewer latents than coordinates begins with what moves most.
+and covariance of some frames; soft torsions are angles in units of `EVEN`. Soft torsions come first in x, then stiff
+ones, angles and bonds, so that a decoder with fewer latents than coordinates begins with what moves most.
 
 A Gaussian decoder draws on lines, but a soft torsion lives on a circle. Its images q + 2 pi k get shares h of the
 circle's density that sum to one, those of a window of 2 pi with soft ends:
@@ -40,6 +40,8 @@ NARROWEST = 0.02
 """Training takes bond columns below this share of their reference, and 1 - |cos theta| below this, as lying there."""
 WINDOW = 0.5
 """Width s [rad] of the ends of a window."""
+EVEN = math.pi / math.sqrt(3.0)
+"""Standard deviation of an angle [rad] anywhere on a circle: a generator starts from what covers all of it."""
 IMAGES = 3
 """Images of a torsion on each side of its window that have a share worth counting."""
 
@@ -186,7 +188,7 @@ def molecular_target(
     molecule: Molecule, energy: Energy, frames: np.ndarray, temperature: Any, *, zmatrix: ZMatrix | None = None,
     walled: bool = False,
 ) -> MolecularTarget:  # fmt: skip
-    """The target of a molecule, with the centres and widths of frames.
+    """The target of a molecule, with the centres, and the covariance of stiff coordinates, of frames.
 
     Args:
         molecule: the molecule.
@@ -215,7 +217,7 @@ def whitening(q: Vectors, soft: Bool[Tensor, " dim"]) -> tuple[Float[Tensor, " d
     n_soft = 0
     for column in soft.nonzero()[:, 0].tolist():
         centre[column] = wrap(emptiest(q[:, column]) + math.pi)
-        root[column, n_soft] = wrap(q[:, column] - centre[column]).square().mean().sqrt()
+        root[column, n_soft] = EVEN
         n_soft += 1
     values, vectors = torch.linalg.eigh(torch.cov(q[:, stiff].T).reshape(len(stiff), len(stiff)))
     # the symmetric root mixes coordinates as little as a root can
