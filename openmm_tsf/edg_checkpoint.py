@@ -73,12 +73,12 @@ def load_edg(path: str | os.PathLike, target: Target | None = None) -> EDG:
 
     Args:
         path: a file that `save_edg` wrote.
-        target: what it was trained for; needed by Hamiltonian decoders alone, and checked where it is given.
+        target: what it was trained for; needed unless the decoder is a network, and checked where it is given.
 
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: truncated, altered, or not such a generator.
-        ValueError: no target for a Hamiltonian decoder, or another one than that of the training.
+        ValueError: no target for a decoder that is no network, or another one than that of the training.
     """
     tensors, facts = read_checkpoint(path, FORMAT, "generator of vectors")
     try:
@@ -87,8 +87,8 @@ def load_edg(path: str | os.PathLike, target: Target | None = None) -> EDG:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds a generator that this version cannot read: {error}") from error
     if target is None:
-        if settings.decoder == "hamiltonian":
-            raise ValueError(f"{path} has a Hamiltonian decoder, which runs dynamics of its target: give it")
+        if settings.decoder != "gaussian":
+            raise ValueError(f"{path} has a decoder ({settings.decoder}) that is made for its target: give it")
         target = _Unknown(dim)
     else:
         _check_same(path, target, dim, points, energies)

@@ -57,7 +57,7 @@ def test_a_network_decoder_needs_no_target_and_dynamics_do(path):
     x, _ = load_edg(path).at(1.2).sample(5, generator=seeded(1))
     assert torch.equal(x, made().at(1.2).sample(5, generator=seeded(1))[0])
     save_edg(made(EDGSettings(decoder="hamiltonian", stages=1, hidden=6)), path, target=Pair())
-    with pytest.raises(ValueError, match="runs dynamics of its target: give it"):
+    with pytest.raises(ValueError, match="made for its target: give it"):
         load_edg(path)
 
 

@@ -27,6 +27,7 @@ from openmm_tsf.edg import (
 from openmm_tsf.edg.bound import base_integral, integrand
 from openmm_tsf.edg.decoders import tamed
 from openmm_tsf.edg.networks import leading, log_normal, slope, with_harmonics
+from openmm_tsf.edg.proposal import EDGProposal
 from openmm_tsf.edg.scores import Given, Parts
 
 DIFFUSION = VariancePreserving()
@@ -627,6 +628,32 @@ class Holes(Gaussian):
         u = super().__call__(x)
         u = torch.where(x[:, 0] > 1.0, torch.nan, u)
         return torch.where(x[:, 0] < -1.0, torch.inf, u)
+
+
+class Steep(Gaussian):
+    """NaN above 1, with NaN for a gradient, so that dynamics have no x there."""
+
+    def __call__(self, x):
+        return super().__call__(x) + 0.0 * torch.sqrt(1.0 - x[:, 0])
+
+
+@pytest.mark.parametrize("steps", [None, 5])
+def test_draws_without_x_have_no_weight_and_disturb_no_other(steps):
+    settings = EDGSettings(decoder="hamiltonian", hidden=8, stages=1)
+    edg = perturbed(build_edg(Steep(dim=2), settings, seed=0), 0.1, 1)
+    made = draw(edg, Steep(dim=2), n=400, steps=steps, generator=seeded(1))
+    lost = torch.isinf(made.energy)
+    assert 20 < made.n_nonfinite == int(lost.sum()) < 200
+    assert torch.isfinite(made.log_weights[~lost]).all() and (made.log_weights[lost] == -math.inf).all()
+    assert torch.isfinite(made.x).all()  # 0 for those lost
+    if steps is None:
+        proposal = EDGProposal(edg)
+        x, log_prob, finite = proposal.propose(400, generator=seeded(2))
+        assert 20 < int((~finite).sum()) < 200
+        assert torch.isfinite(log_prob[finite]).all() and (log_prob[~finite] == -math.inf).all()
+        v = torch.randn(400, 4, generator=seeded(3))
+        x, volume, finite = proposal.from_latents(v)
+        assert torch.isfinite(volume[finite]).all() and not torch.isfinite(x[~finite]).all(1).any()
 
 
 @pytest.mark.parametrize("decoder", ["gaussian", "hamiltonian"])

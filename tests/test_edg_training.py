@@ -123,6 +123,9 @@ def test_training_goes_on_where_it_stopped(tmp_path):
     assert json.loads((tmp_path / "history.json").read_text())["rows"] == expected.rows
     with pytest.raises(ValueError, match="other settings"):
         train_edg(again, target, settings, seed=4, directory=tmp_path)
+    for other, seed in ((SMALL, 2), (SMALL | {"spread": 2.5}, 1)):
+        with pytest.raises(ValueError, match="other settings"):
+            train_edg(build_edg(target, EDGSettings(**other), seed=seed), target, settings, seed=3, directory=tmp_path)
     (tmp_path / "edg_training.pt").write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match="not a training checkpoint"):
         train_edg(again, target, settings, seed=3, directory=tmp_path)

@@ -204,13 +204,17 @@ def test_training_with_walkers_goes_on_where_it_stopped(tmp_path):
 
 
 def test_settings_that_do_not_fit():
-    with pytest.raises(ValueError, match="between 0 and batch = 32 walkers, not 33"):
+    with pytest.raises(ValueError, match="2 to batch = 32, not 33"):
         EDGTrainingSettings(batch=32, walkers=33)
+    with pytest.raises(ValueError, match="2 to batch = 32, not 1"):  # how far one is apart from others is NaN
+        EDGTrainingSettings(batch=32, walkers=1)
     with pytest.raises(ValueError, match="trajectory must be at least 1"):
         EDGTrainingSettings(trajectory=0)
     hot = build_edg(Correlated(), EDGSettings(conditioned=True, hidden=8, depth=1), seed=1)
     with pytest.raises(ValueError, match=r"one temperature, tau = 1, not \[1.0, 2.0\]"):
         train_edg(hot, Correlated(), WALKING, seed=1, temperatures=(1.0, 2.0))
+    with pytest.raises(ValueError, match="not one with conditioned=True"):
+        train_edg(hot, Correlated(), WALKING, seed=1)
     for score in ("plain", "energy"):
         edg = build_edg(Correlated(), EDGSettings(score=score, hidden=8, depth=1), seed=1)
         with pytest.raises(ValueError, match="need latents from a base that knows x"):

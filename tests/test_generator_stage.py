@@ -251,7 +251,7 @@ def test_a_generator_is_asked_for_by_its_model():
         ({"model": "edg", "edg": {"temperatures": [400.0]}}, r"must have 300 and 600 K between them"),
         ({"model": "edg", "edg": {"temperatures": [600.0, 300.0]}}, "must be one, or the lowest and the highest"),
         ({"model": "edg", "edg": {"walkers": 8}}, "walkers = 8 need one temperature, not 300 to 600 K"),
-        ({"model": "edg", "edg": {"batch": 8, "walkers": 9}}, "between 0 and batch = 8 walkers, not 9"),
+        ({"model": "edg", "edg": {"batch": 8, "walkers": 9}}, "2 to batch = 8, not 9"),
         ({"model": "edg", "sample": {"n": 50}}, "sample.n = 50: fewer than 100 weights do not say"),
         ({"model": "edg", "edg": {"latents": 0}}, "latents = 0 must be at least 1"),
         ({"model": "edg", "edg": {"steps": 0}}, "steps must be at least 1, not 0"),

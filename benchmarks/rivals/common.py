@@ -19,7 +19,7 @@ WARM = 0.03
 """Share of a budget in which the learning rate rises."""
 HOTTEST, COOLING = 20.0, 0.5
 """Where a method anneals, the target starts so many times as hot, and is at its own temperature after this share of the
-budget; the diffusion generator does the same."""
+budget. The diffusion generator has its own settings for that."""
 AVERAGE = 0.995
 """Decay of the exponential average of weights that draws are made with."""
 

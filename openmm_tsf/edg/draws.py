@@ -46,7 +46,7 @@ class EDGDraws:
         n_function_evaluations: of the score in the solver or the chain, for each draw with its companions.
         n_energy_evaluations: of the target, gradients in the decoder among them.
         tolerance: (rtol, atol) of the solver; None for a chain, which has none.
-        n_nonfinite: draws whose energy was NaN or infinite.
+        n_nonfinite: draws whose energy was NaN or infinite, or x itself, for which there is 0.
     """
 
     x: Vectors
@@ -142,6 +142,8 @@ def draw(
     for start in range(0, n, chunk):
         taus = density.taus(min(chunk, n - start))
         conditional, x, z = density.decoded(len(taus), generator=generator)
+        known = torch.isfinite(x).all(1)
+        x, z = (torch.where(known[:, None], v, 0.0) for v in (x, z))
         own = paths(edg, z, x, tau=taus)
         others = [sample(edg, x, tau=taus, generator=generator) for _ in range(companions)]
         ratios = [log_normal(z) + conditional.log_prob(x) - own.log_prob]
@@ -150,7 +152,8 @@ def draw(
             ratios.append(log_joint - other.log_prob)
         evaluations += sum(path.n_function_evaluations for path in (own, *others)) * len(x) / n
         log_density = torch.stack(ratios).logsumexp(0) - math.log(1 + companions)
-        parts.append((x, reduced(target, x, torch.ones_like(taus)), log_density, own.log_prob))
+        energy = torch.where(known, reduced(target, x, torch.ones_like(taus)), torch.inf)
+        parts.append((x, energy, torch.where(known, log_density, 0.0), own.log_prob))
     x, energy, log_density, log_prob_encoder = (torch.cat(column) for column in zip(*parts, strict=True))
     finite = torch.isfinite(energy)
     if not finite.any():

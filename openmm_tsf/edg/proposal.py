@@ -63,8 +63,9 @@ class EDGProposal:
     def propose(self, n: int, *, generator: torch.Generator) -> tuple[Vectors, Scalars, Mask]:
         """n draws x (n, d), ln of their density with latents drawn along [nat], and which are finite."""
         conditional, x, z = self.edg.at(self.tau).decoded(n, generator=generator)
-        log_prob_encoder = encoder_paths(self.edg, z, x, **self._solver(n)).log_prob
-        return x, log_normal(z) + conditional.log_prob(x) - log_prob_encoder, torch.isfinite(x).all(1)
+        log_prob_encoder, finite = self._log_prob_encoder(z, x)
+        log_prob = log_normal(z) + conditional.log_prob(x) - log_prob_encoder
+        return x, torch.where(finite, log_prob, -math.inf), finite
 
     @torch.no_grad()
     def score(self, x: Vectors, *, generator: torch.Generator | None = None) -> Scalars:
@@ -88,8 +89,15 @@ class EDGProposal:
         z, xi = z.split((self.edg.latent_dim, self.edg.dim), 1)
         conditional = self._conditional(z)
         x = conditional.sample(xi)
-        log_prob_encoder = encoder_paths(self.edg, z, x, **self._solver(len(x))).log_prob
-        return x, log_prob_encoder + conditional.log_width.sum(1), torch.isfinite(x).all(1)
+        log_prob_encoder, finite = self._log_prob_encoder(z, x)
+        volume = log_prob_encoder + conditional.log_width.sum(1)
+        return x, torch.where(finite, volume, -math.inf), finite
+
+    def _log_prob_encoder(self, z: Latents, x: Vectors) -> tuple[Scalars, Mask]:
+        """ln p_E(z|x) where x is finite, and where it is; the solver has one step size for all and sees no other."""
+        finite = torch.isfinite(x).all(1)
+        z, x = (torch.where(finite[:, None], v, 0.0) for v in (z, x))
+        return encoder_paths(self.edg, z, x, **self._solver(len(x))).log_prob, finite
 
     def _with_latents(self, x: Vectors, generator: torch.Generator | None) -> tuple[Latents, Scalars]:
         """Fresh latents of x, and ln p(z) + ln p(x|z) - ln p_E(z|x)."""

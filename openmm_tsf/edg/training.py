@@ -73,8 +73,8 @@ class EDGTrainingSettings:
         for name in ("anneal_share", "weight_average"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"training setting {name} must be in [0, 1), not {getattr(self, name):g}")
-        if not 0 <= self.walkers <= self.batch:
-            raise ValueError(f"there are between 0 and batch = {self.batch} walkers, not {self.walkers}")
+        if not 0 <= self.walkers <= self.batch or self.walkers == 1:
+            raise ValueError(f"there are 0 walkers, or 2 to batch = {self.batch}, not {self.walkers}")
 
 
 @dataclass
@@ -114,7 +114,8 @@ def train_edg(
         settings: see EDGTrainingSettings.
         seed: of all draws.
         directory: for checkpoints (`edg_training.pt`) and `history.json`; called again with the same arguments,
-            training goes on from there with the same random numbers. None keeps nothing.
+            training goes on from there with the same random numbers. Other settings, or first weights, are noticed, and
+            another target is not. None keeps nothing.
         temperatures: one, or the lowest and the highest of a range in which ln tau is uniform, for generators that are
             conditioned on temperature.
         progress: called with (steps done, steps, message).
@@ -153,6 +154,7 @@ class _Trainer:
         self.recent: list[dict[str, float]] = []
         self.walkers: Walkers | None = None
         facts = {"seed": seed, "temperatures": list(self.range), "shapes": [list(p.shape) for p in edg.parameters()]}
+        facts |= {"network": None if edg.settings is None else asdict(edg.settings), "start": _fingerprint(edg)}
         self.identity = json.dumps({**facts, **asdict(settings)})
 
     def run(self, progress: Progress) -> EDGHistory:
@@ -288,14 +290,21 @@ class _Trainer:
             self.walkers = Walkers(**state["walkers"])
 
 
+def _fingerprint(edg: EDG) -> str:
+    """A few digits that tell the first weights of a generator from others."""
+    return f"{sum(float(p.detach().double().abs().sum()) for p in edg.parameters()):.6g}"
+
+
 def _check_walking(edg: EDG, temperatures: tuple[float, float]) -> None:
     """Refuse walkers where they cannot be learned from.
 
     Raises:
-        ValueError: temperatures other than 1, or a score whose base knows nothing of x.
+        ValueError: temperatures other than 1 or as an input, or a score whose base knows nothing of x.
     """
     if temperatures != (1.0, 1.0):
         raise ValueError(f"walkers live at one temperature, tau = 1, not {list(temperatures)}")
+    if edg.conditioned:
+        raise ValueError("walkers need a generator of one temperature, not one with conditioned=True")
     if isinstance(edg.score, (PlainScore, EnergyScore)):
         raise ValueError("walkers need latents from a base that knows x; the plain and the energy score have none")
 
