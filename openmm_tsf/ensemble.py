@@ -297,13 +297,14 @@ def out_of_reach(
     if ensemble.ess >= LEAST_ESS and not alone:
         return None
     trained = "" if training_temperature is None else f" (trained at {training_temperature:g} K)"
-    at_home = ensemble.temperature == ensemble.sampling_temperature == training_temperature
-    advice = "train longer" if at_home else "draw nearer to the training temperature or train longer"
+    run = f"{noun}{trained} run at {ensemble.sampling_temperature:g} K"
+    advice = "draw nearer to the training temperature or train longer"
+    if ensemble.temperature == ensemble.sampling_temperature == training_temperature:
+        run, advice = f"{noun}, which was trained there", "train longer"
     tried = len(ensemble) + ensemble.n_rejected
     return (
-        f"{ensemble.temperature:g} K is out of reach of this {noun}{trained} run at "
-        f"{ensemble.sampling_temperature:g} K: ESS {100 * ensemble.ess:.2g} % of {tried} draws, largest weight "
-        f"{100 * ensemble.largest_weight_share:.2g} % of all; {advice}"
+        f"{ensemble.temperature:g} K is out of reach of this {run}: ESS {100 * ensemble.ess:.2g} % of {tried} draws, "
+        f"largest weight {100 * ensemble.largest_weight_share:.2g} % of all; {advice}"
     )
 
 

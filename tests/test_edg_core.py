@@ -694,7 +694,12 @@ def test_errors_that_say_what_is_wrong(monkeypatch):
         edg.at(0.5)
     with pytest.raises(ValueError, match="above 0"):
         edg.at(-1.0)
-    for bad in ({"hidden": 0}, {"leaps": 0}, {"harmonics": -1}):
+    with pytest.raises(ValueError, match="chunk = 0"):
+        draw(edg, nowhere, n=200, chunk=0, generator=seeded(1))
+    nowhere.dim = None
+    with pytest.raises(ValueError, match=r"has a whole number `dim`, .* it is None"):
+        build_edg(nowhere, EDGSettings(hidden=8))
+    for bad in ({"hidden": 0}, {"leaps": 0}, {"harmonics": -1}, {"latent_dim": 0}, {"stages": -1}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             EDGSettings(**bad)
 

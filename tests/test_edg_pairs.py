@@ -159,6 +159,17 @@ def test_the_base_is_the_posterior_of_a_narrow_decoder():
         assert (step / given.log_width[row].exp()).abs().max() < 0.02
 
 
+def test_the_base_of_a_wide_decoder_that_is_linear_is_exact():
+    """A new decoder is x = 0.9 z + w xi: the posterior of z is a Gaussian, with which all latents say the same of x."""
+    edg = build_edg(LennardJones(4), replace(SETTINGS, width=0.3), seed=1).double()
+    z = torch.randn(20, 9, generator=seeded(1))
+    x = edg.decoder.conditional(z).sample(torch.randn(20, 9, generator=seeded(2))).detach()
+    given = edg.score.given(x)
+    log_prob = log_normal(z) + edg.decoder.conditional(z).log_prob(x) - given.log_prob(z)
+    width = 0.9 * math.hypot(1.0, 0.3)
+    assert torch.allclose(log_prob, log_normal(x / width) - 9.0 * math.log(width), rtol=0.0, atol=1e-6)
+
+
 def test_the_bound_is_that_of_a_map():
     """The limit of narrow widths of what encoder and decoder make of it."""
     cluster, edg, n = LennardJones(4).softened(), roughened(4, width=1e-4), 50

@@ -10,6 +10,7 @@ from test_edg_molecule import chain_target
 
 from openmm_tsf.edg import EDG, EDGSettings, build_edg
 from openmm_tsf.edg.molecular import MolecularEDG
+from openmm_tsf.edg.molecule import MolecularTarget
 from openmm_tsf.edg.networks import log_normal
 from openmm_tsf.edg.proposal import EDGProposal
 from openmm_tsf.energy import BatchedEnergy
@@ -136,17 +137,23 @@ def test_what_is_not_finite_has_no_density():
 # --- a molecule -------------------------------------------------------------------------------------------------------
 
 
-def chain_generator(temperature: float = 600.0, **changes) -> MolecularEDG:
+def chain_generator(temperature: float = 600.0, turned: float = 0.0, **changes) -> MolecularEDG:
+    """Not trained; turned by pi, the window of the torsion ends where its energy is lowest, and one end is favoured."""
     target = chain_target(temperature)
+    centre = target.centre + torch.tensor([0.0] * 5 + [turned])
+    target = MolecularTarget(target.internals, target.energy, temperature, centre, target.root)
     settings = EDGSettings(**{"hidden": 8, "depth": 1, "width": 0.8, "latent_dim": 1, **changes})
     edg = perturbed(build_edg(target, settings, seed=1), 0.02)
+    if turned:
+        edg.decoder.net[-1].bias.data[0] += 0.3 * turned
     known = (300.0, 600.0) if settings.conditioned else (temperature, temperature)
     return MolecularEDG(edg, target, harmonic_chain4(), known)
 
 
+@pytest.mark.parametrize("turned", [0.0, math.pi])
 @pytest.mark.parametrize("kind", ["independence", "latent"])
-def test_steps_with_the_generator_of_a_molecule_keep_its_distribution(kind):
-    generator = chain_generator(300.0)
+def test_steps_with_the_generator_of_a_molecule_keep_its_distribution(kind, turned):
+    generator = chain_generator(300.0, turned)
     target, g = Target(generator.target.energy, kT(300.0), generator.at(300.0).log_constraint_factor), seeded(5)
     positions = internals_of("chain4").forward(chain4_internals(2000, 300.0, 4))[0]
     walkers, accepted = target.at(positions), 0.0

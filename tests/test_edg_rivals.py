@@ -9,12 +9,12 @@ import benchmark_modules  # noqa: F401
 import edg
 import pytest
 import torch
-from rivals import cases, hmc, l2hmc, measures, methods, pis, tables, vae
+from rivals import cases, hmc, l2hmc, measures, methods, pis, tables
 from rivals.common import Budget, Counted, Drawn, followed, learn, mean_of_finite, seeded
 from rivals.flows import Cooler, real_nvp, steerable
 from torch import nn
 
-from openmm_tsf.edg.decoders import GaussianDecoder, HamiltonianDecoder
+from openmm_tsf.edg import EDGTrainingSettings, build_edg
 
 MEAN, PRECISION, OFFSET = (1.0, -0.5), ((2.0, 0.8), (0.8, 1.0)), 1.3
 
@@ -117,7 +117,7 @@ def test_heat_falls_to_one_half_way():
         heats.append(heat)
         return counted(model.weight).sum()
 
-    list(learn(model, counted, loss, rate=1e-2, anneal=True))
+    list(learn(model, counted, loss, rate=1e-2, anneal_from=0.05, anneal_share=0.5))
     assert heats[0] == 20.0 and heats[25] == pytest.approx(20.0**0.5) and heats[50:] == [1.0] * 50
 
 
@@ -163,7 +163,25 @@ def test_hmc_is_exact_whatever_its_gradient(generator, monkeypatch):
     assert worst(run_hmc(exact_chains(400, generator), generator)) < 4.0
     rand = torch.rand
     monkeypatch.setattr(torch, "rand", lambda *size, **rest: rand(*size, **rest) * 1e-300)  # everything is accepted
+    monkeypatch.setattr(hmc, "OFTEN", 0.0)
     assert worst(run_hmc(exact_chains(400, generator), generator)) > 10.0
+
+
+def test_hmc_gets_away_from_where_energies_are_steep(generator, monkeypatch):
+    class Steep(Gaussian):
+        def __call__(self, x):
+            return (x**4).sum(1)
+
+    target = Counted(Steep(), Budget(10**9))
+
+    def left(often):
+        monkeypatch.setattr(hmc, "OFTEN", often)
+        chains = hmc.Chains(x := torch.full((50, 2), 8.0), *target.slope(x))
+        for _ in range(200):
+            chains, _, _ = hmc.iterate(chains, target, hmc.Tuning(torch.ones(2), 0.3, 2), generator)
+        return int((chains.u < 20.0).sum())
+
+    assert left(hmc.OFTEN) == 50 and left(0.0) == 0
 
 
 def test_hmc_tunes_itself():
@@ -302,48 +320,33 @@ def test_boltzmann_generator(target):
     assert abs(made.log_z - target.log_z) < 4.0 * log_z_error(made) + 1e-3
 
 
-def test_encoder_of_a_line_gives_the_same_weight_to_all(generator):
-    """x = m + C z + s xi has a Gaussian posterior of z; with it, every weight is Z."""
-    width, root = 0.3, torch.linalg.cholesky(Gaussian.covariance - 0.3**2 * torch.eye(2))
-    decoder = GaussianDecoder(2, 2, hidden=4, depth=1)
-    pair = vae.Pair(decoder, vae.Encoder(2, 2, 1.0, hidden=4, depth=1))
-    # a diagonal posterior needs latents along the principal axes: z -> R z
-    values, axes = torch.linalg.eigh(torch.eye(2) + root.T @ root / width**2)
-    line = root @ axes
-
-    class Line(nn.Module):
-        def conditional(self, z, tau):
-            from openmm_tsf.edg.decoders import Conditional
-
-            return Conditional(Gaussian.mean + z @ line.T, torch.full((len(z), 2), math.log(width)))
-
-    class Posterior(nn.Module):
-        def forward(self, x):
-            mean = (x - Gaussian.mean) @ line / width**2 / values
-            return torch.cat((mean, -0.5 * values.log().expand_as(mean)), 1)
-
-    pair.decoder, pair.encoder.net = Line(), Posterior()
-    _, _, log_weights = vae.drawn(pair, Counted(Gaussian(), Budget(10**6)), 200, 2, generator)
-    assert torch.allclose(log_weights, torch.tensor(Gaussian.log_z), atol=1e-10)
+@pytest.mark.filterwarnings("ignore:100 draws are worth")
+@pytest.mark.parametrize(("method", "slopes"), [("vae", 0), ("vae-ghd", 4)])
+def test_without_diffusion_all_else_is_as_in_the_generator(method, slopes, monkeypatch):
+    built = []
+    monkeypatch.setattr(methods, "build_edg", lambda *a, **k: built.append(build_edg(*a, **k)) or built[-1])
+    case, budget = cases.case("MoG2"), Budget(64 * 9 * 4)
+    drawn = {name: methods.METHODS[name](case, budget, 100, 1) for name in (method, method.replace("vae", "edg"))}
+    without, generator = built
+    assert not without.score.corrected and generator.score.corrected
+    assert without.decoder.state_dict().keys() == generator.decoder.state_dict().keys()
+    assert replace(without.settings, score="gaussian") == generator.settings
+    spent = {name: (made.n_training, made.facts["steps"], made.facts["batch"]) for name, made in drawn.items()}
+    assert spent[method] == spent[method.replace("vae", "edg")]
+    made = drawn[method]
+    assert made.n_training == made.facts["steps"] * made.facts["batch"] * (1 + 2 * slopes)
+    assert made.n_drawing == 100 * (1 + slopes) and made.facts["n_function_evaluations"] == 0
 
 
-@pytest.mark.parametrize("stages", [None, 1])
-def test_variational_autoencoder(stages):
-    def decoder(target):
-        return (
-            GaussianDecoder(2, 2, spread=2.0) if stages is None else HamiltonianDecoder(target, 2, stages, spread=2.0)
-        )
-
-    slopes = 0 if stages is None else stages + 1
-    made = vae.vae(
-        Gaussian(), Budget(60_000), 4000, scale=2.0, decoder=decoder, latent_dim=2, costs=1 + slopes, batch=128, seed=1,
-        rate=5e-3,
-    )  # fmt: skip
-    assert made.n_training == math.ceil(60_000 / (128 * (1 + 2 * slopes))) * 128 * (1 + 2 * slopes)
-    assert made.n_drawing == 4000 * (1 + slopes)
-    assert made.ess > 0.3
-    assert abs(made.log_z - Gaussian.log_z) < 4.0 * log_z_error(made)
-    assert made.log_z_bound < Gaussian.log_z + 0.02
+def test_annealed_rivals_cool_as_the_generator_does(monkeypatch):
+    given = []
+    monkeypatch.setattr(methods, "real_nvp", lambda *a, **k: given.append(k))
+    case = cases.case("MoG2")
+    methods.METHODS["bg-annealed"](case, Budget(1), 1, 1)
+    methods.METHODS["bg-annealed"](replace(case, steps={"anneal_from": 0.3}), Budget(1), 1, 1)
+    default = EDGTrainingSettings()
+    assert [k["anneal_from"] for k in given] == [default.anneal_from, 0.3]
+    assert [k["anneal_share"] for k in given] == [default.anneal_share] * 2
 
 
 def test_steerable_flow_is_trained_hot_and_drawn_cold():
@@ -361,9 +364,8 @@ def test_a_hot_target_is_a_flat_one():
     ("method", "settings"),
     [
         (hmc.hmc, {}), (l2hmc.l2hmc, {}), (pis.pis, {}), (real_nvp, {}),
-        (vae.vae, {"decoder": lambda target: GaussianDecoder(2, 2), "latent_dim": 2}),
     ],
-    ids=["hmc", "l2hmc", "pis", "bg", "vae"],
+    ids=["hmc", "l2hmc", "pis", "bg"],
 )  # fmt: skip
 def test_a_target_without_energies_is_refused(method, settings):
     with pytest.raises((ValueError, RuntimeError), match="finite energy"):

@@ -180,6 +180,31 @@ class SpikeOfSlope(torch.autograd.Function):
         return torch.full_like(grad, torch.nan)
 
 
+def test_softened_energies_pull_as_their_logarithm_does():
+    """The gradient is that of a target with a logarithm above, the value that of the target itself."""
+
+    class Steep:
+        dim = 2
+
+        def __call__(self, x):
+            return 30.0 * x.square().sum(1)
+
+    class Softened(Steep):
+        def __call__(self, x):
+            u = super().__call__(x)
+            return torch.where(u > 50.0, 50.0 + torch.log1p((u - 50.0).clamp_min(0.0)), u)
+
+    edg, sums = build_edg(Steep(), EDGSettings(**SMALL), seed=1), []
+    for target, above in ((Steep(), 50.0), (Softened(), math.inf), (Steep(), math.inf)):
+        sample = kl_bound(edg, target, 200, soften_above=above, generator=seeded(2))
+        edg.zero_grad()
+        sample.loss.backward()
+        sums.append((sample.energy, torch.cat([p.grad.flatten() for p in edg.decoder.parameters()])))
+    (raw, gradient), (soft, expected), (energy, hard) = sums
+    assert torch.allclose(gradient, expected, rtol=1e-6, atol=1e-6) and not torch.allclose(gradient, hard, rtol=0.5)
+    assert raw == energy > soft
+
+
 def test_steps_without_a_finite_gradient_are_left_out():
     """A Hamiltonian decoder of one stage asks for the target three times a step: twice for its slopes, once for U."""
     settings = EDGSettings(decoder="hamiltonian", stages=1, **SMALL)
@@ -218,6 +243,19 @@ def test_dynamics_find_every_mode_and_stay_finite_where_the_target_is_steep():
     assert history.n_left_out == history.n_nonfinite == 0
     bound = kl_bound(edg, wells, 4000, generator=seeded(2))
     assert 0.0 < bound.value + float(wells.at(1.0).log_z) < 3.0
+
+
+def test_targets_of_one_precision_are_told_so():
+    class Single:
+        dim = 2
+        stiffness = torch.ones(2, 1, dtype=torch.float32)
+
+        def __call__(self, x):
+            return (x.square() @ self.stiffness)[:, 0]
+
+    edg = build_edg(Single(), EDGSettings(**SMALL), seed=1)
+    with pytest.raises(ValueError, match=r"fails for vectors of torch.float64: .* as constant.to\(x\) does"):
+        draw(edg, Single(), n=200, generator=seeded(1))
 
 
 def test_arguments_that_make_no_sense():

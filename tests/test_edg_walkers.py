@@ -1,6 +1,7 @@
 """Walkers of training: their equilibrium, the opposite divergence, and what a generator learns of them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,6 +113,46 @@ def test_densities_of_maps_are_their_determinants():
     assert (exact - log_normal(x / 0.9)).abs().max() > 0.3
 
 
+def poor(latents=1):
+    """Not trained; its encoder knows x, and is too wide."""
+    edg = build_edg(Correlated(), EDGSettings(hidden=12, depth=1, latent_dim=latents, width=0.8), seed=1).double()
+    perturbed(edg, 0.3)
+    return edg
+
+
+def test_densities_of_networks_have_the_marginal_of_x_for_their_mean():
+    """E[p_D(z) p_D(x|z)/p_E(z|x)] = p_D(x), whatever the encoder; by quadrature over one latent."""
+    edg, n = poor(), 40_000
+    grid = torch.linspace(-8.0, 8.0, 2001)
+    for x in Correlated().samples(4, seeded(1)):
+        with torch.no_grad():
+            inner = edg.decoder.conditional(grid[:, None]).log_prob(x.expand(2001, 2))
+            exact = torch.trapezoid(torch.exp(inner + log_normal(grid[:, None])), grid)
+            found = torch.exp(log_density(edg, x.expand(n, 2), torch.randn(n, 1, generator=seeded(2))))
+        assert abs(float(found.mean() - exact)) < 4.0 * float(found.std()) / n**0.5 < 0.05 * float(exact)
+
+
+def test_gradients_of_networks_are_finite_differences():
+    """Of the decoder, and of the encoder that latents are drawn from."""
+    edg, x = poor(2), Correlated().samples(8, seeded(1))
+
+    def value():
+        return learn_from(edg, x, Correlated()(x), generator=seeded(5))[0]
+
+    value().backward()
+    for part in (edg.decoder, edg.score.encoder):
+        for parameter in part.parameters():
+            direction = torch.randn(parameter.shape, generator=seeded(6))
+            values = []
+            with torch.no_grad():
+                for step in (1e-6, -2e-6):
+                    parameter += step * direction
+                    values.append(float(value()))
+                parameter += 1e-6 * direction
+            expected = (values[0] - values[1]) / 2e-6
+            assert float((parameter.grad * direction).sum()) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
 def test_gradients_are_finite_differences(monkeypatch):
     """With those of the latents, which are found by running the decoder backwards."""
     monkeypatch.setattr("openmm_tsf.edg.pair_score.IN_TRAINING", 5)
@@ -201,6 +242,39 @@ def test_training_with_walkers_goes_on_where_it_stopped(tmp_path):
     history = train_edg(again, target, WALKING, seed=3, directory=tmp_path)
     assert history.rows == expected.rows
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_walkers_of_training_are_at_equilibrium_with_the_target_not_with_the_generator():
+    """They begin at its draws and take more of them; it learns next to nothing meanwhile."""
+    target = Correlated()
+    edg = build_edg(target, EDGSettings(hidden=24, depth=2, width=0.8, spread=2.0), seed=1)
+    x = target.samples(50_000, seeded(3))
+    exact = learn_from(edg, x, target(x), generator=seeded(4))[1]
+    training = EDGTrainingSettings(
+        steps=150, batch=500, walkers=500, trajectory=2, anneal_share=0.0, record_every=50, learning_rate=1e-9
+    )
+    rows = train_edg(edg, target, training, seed=3).rows
+    error = float(exact.std()) / 500**0.5
+    for row in rows[1:]:  # each the mean of fifty dependent ones
+        assert abs(row["forward"] - float(exact.mean())) < 1.5 * error < 0.2
+    assert float(exact.mean()) > target.log_z + 0.5 > 0.5 - rows[-1]["bound"]
+
+
+def test_what_is_learned_of_walkers_makes_them_likely(monkeypatch):
+    """With the gradient of the draws' bound left out."""
+
+    def silent(*arguments, **options):
+        sample = kl_bound(*arguments, **options)
+        return replace(sample, loss=0.0 * sample.loss)
+
+    monkeypatch.setattr("openmm_tsf.edg.training.kl_bound", silent)
+    target = Correlated()
+    edg = build_edg(target, EDGSettings(hidden=24, depth=2, width=0.8, spread=2.0), seed=1)
+    training = EDGTrainingSettings(
+        steps=250, batch=64, walkers=64, trajectory=5, anneal_share=0.0, learning_rate=5e-3, record_every=25
+    )
+    above = [row["forward"] - target.log_z for row in train_edg(edg, target, training, seed=3).rows]
+    assert above[0] > 0.6 and 0.0 < above[-1] < 0.3
 
 
 def test_settings_that_do_not_fit():

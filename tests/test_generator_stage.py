@@ -1,6 +1,7 @@
 """Runs whose model is a diffusion generator: every stage, on a molecule with ln Z in closed form, and refusals."""
 
 import json
+import math
 import shutil
 import tomllib
 from dataclasses import replace
@@ -269,17 +270,28 @@ def test_configurations_that_make_no_sense(table, words):
 
 
 def test_alanine_dipeptide_from_frames_at_hand(tmp_path, ala2, monkeypatch):
-    """The whole run in small: a poor generator, but the right files, with Ramachandran maps in them."""
+    """The whole run in small, walkers included: a poor generator, but the right files, with Ramachandran maps."""
     monkeypatch.setattr(ensemble, "LEAST_ESS", 1.0)  # none is good enough
     drawn = tsf.pretrained("ala2").at(600.0).sample(400, generator=seeded(1))[0]
     mdtraj.Trajectory(drawn.numpy().astype(np.float32), ala2.mdtraj_topology).save(str(tmp_path / "own.dcd"))
     table = {
         "model": "edg",
         "simulate": {"trajectory": str(tmp_path / "own.dcd")},
-        "edg": {"latents": 4, "hidden": 8, "depth": 1, "steps": 20, "batch": 32},
+        "edg": {
+            "latents": 4,
+            "hidden": 8,
+            "depth": 1,
+            "steps": 20,
+            "batch": 32,
+            "walkers": 8,
+            "trajectory": 3,
+            "anneal_share": 0.4,
+        },
         "sample": {"temperatures": [600.0], "n": 150},
     }
-    warned = pytest.warns(UserWarning, match="600 K is out of reach of this generator")
+    warned = pytest.warns(
+        UserWarning, match="600 K is out of reach of this generator, which was trained there: ESS .* train longer$"
+    )
     with open_run(tmp_path / "run", parse_config(table)) as run, warned:
         for _, work in STAGES.values():
             work(run, None)
@@ -288,3 +300,6 @@ def test_alanine_dipeptide_from_frames_at_hand(tmp_path, ala2, monkeypatch):
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["ramachandran_excess_tv_raw"] is not None and metrics["n_latents"] == 4
     assert not metrics["is_conditioned"]
+    assert metrics["n_energy_evaluations_train"] == 20 * 32 + (20 - 8) * 8 * (3 + 1)
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert math.isfinite(history["rows"][-1]["forward"]) and history["rows"][-1]["n_far"] < 8

@@ -17,9 +17,6 @@ from openmm_tsf.weights import effective_sample_size, log_mean_exp
 
 WARM = 0.03
 """Share of a budget in which the learning rate rises."""
-HOTTEST, COOLING = 20.0, 0.5
-"""Where a method anneals, the target starts so many times as hot, and is at its own temperature after this share of the
-budget. The diffusion generator has its own settings for that."""
 AVERAGE = 0.995
 """Decay of the exponential average of weights that draws are made with."""
 
@@ -164,14 +161,14 @@ def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def learn(
-    model: nn.Module, counted: Counted, loss: Callable[[float], Tensor], *, rate: float, anneal: bool = False,
-    clip: float = 10.0,
+    model: nn.Module, counted: Counted, loss: Callable[[float], Tensor], *, rate: float, anneal_from: float = 1.0,
+    anneal_share: float = 0.7, clip: float = 10.0,
 ) -> Iterator[int]:  # fmt: skip
     """Steps of Adam until the budget is spent; the model ends with the average of its weights.
 
     The learning rate rises over the first `WARM` of the budget and falls to zero as half a cosine. A step whose
     gradient is not finite is left out. The loss is a function of the temperature, which falls geometrically from
-    `HOTTEST` to 1 where it is annealed.
+    1/anneal_from to 1, over the first `anneal_share` of the budget; as for the diffusion generator.
 
     Yields:
         the number of each step, after it.
@@ -183,7 +180,8 @@ def learn(
         for group in optimiser.param_groups:
             group["lr"] = rate * min(1.0, progress / WARM + 0.02) * 0.5 * (1.0 + math.cos(math.pi * progress))
         optimiser.zero_grad()
-        loss(HOTTEST ** max(0.0, 1.0 - progress / COOLING) if anneal else 1.0).backward()
+        done = progress / anneal_share if anneal_share else 1.0
+        loss(anneal_from ** -max(0.0, 1.0 - done)).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
         if torch.isfinite(norm):
             optimiser.step()

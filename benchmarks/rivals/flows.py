@@ -28,7 +28,7 @@ HELD_OUT = 0.1
 
 def real_nvp(
     target: Any, budget: Budget, n: int, *, scale: float, blocks: int = 6, hidden: int = 64, batch: int = 256,
-    rate: float = 2e-3, anneal: bool = False, seed: int, name: str = "bg",
+    rate: float = 2e-3, anneal_from: float = 1.0, anneal_share: float = 0.7, seed: int, name: str = "bg",
 ) -> Drawn:  # fmt: skip
     """Train real-NVP by energy alone (E[U(G(z)) - ln|det dG(z)|] made small), then n weighted draws.
 
@@ -40,7 +40,7 @@ def real_nvp(
         blocks, hidden: couplings, two in a block, and the width of their networks (two hidden layers).
         batch: draws in a step of the optimiser.
         rate: its learning rate.
-        anneal: whether the target starts hot.
+        anneal_from, anneal_share: how hot the target starts, and for how long it cools; see `learn`.
         seed: of everything.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -55,7 +55,8 @@ def real_nvp(
         u, finite = followed(counted, x)
         return mean_of_finite(u / heat - log_det, finite)
 
-    steps = sum(1 for _ in learn(flow.transform, counted, loss, rate=rate, anneal=anneal))
+    annealing = {"anneal_from": anneal_from, "anneal_share": anneal_share}
+    steps = sum(1 for _ in learn(flow.transform, counted, loss, rate=rate, **annealing))
     training, seconds = counted.n, counted.seconds
     with torch.no_grad():
         z = normal(n, target.dim, generator)

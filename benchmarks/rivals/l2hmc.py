@@ -29,6 +29,8 @@ from .hmc import Chains, collected, started
 
 LEARNING = 0.5
 """Share of the budget that goes to learning."""
+ANNEALING = {"anneal_from": 0.05, "anneal_share": 0.5}
+"""Of learning: twenty times as hot at the start, at its own temperature after half of it."""
 SMALL = 1e-4
 """Added to the squared jump, so that its inverse is finite."""
 
@@ -178,7 +180,7 @@ def l2hmc(
     part = Counted(target, Budget(max(1, int(LEARNING * budget.evaluations)), LEARNING * budget.seconds))
     whole, counted = counted, part
     counted.n = whole.n
-    steps = sum(1 for _ in learn(learned, counted, loss, rate=rate, anneal=True, clip=1.0))
+    steps = sum(1 for _ in learn(learned, counted, loss, rate=rate, clip=1.0, **ANNEALING))
     whole.n = counted.n
     training, seconds = whole.n, whole.seconds
 

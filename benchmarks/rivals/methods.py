@@ -11,15 +11,13 @@ from typing import Any
 import torch
 
 from openmm_tsf.edg import EDGSettings, EDGTrainingSettings, build_edg, draw, train_edg
-from openmm_tsf.edg.decoders import Decoder
 
 from .cases import Case
-from .common import Budget, Counted, Drawn, without_numbers
+from .common import Budget, Drawn, without_numbers
 from .flows import real_nvp, steerable
 from .hmc import hmc
 from .l2hmc import l2hmc
 from .pis import pis
-from .vae import vae
 
 Method = Callable[[Case, Budget, int, int], Drawn]
 
@@ -27,6 +25,7 @@ Method = Callable[[Case, Budget, int, int], Drawn]
 DYNAMICS_RATE = 1e-3
 """Learning rate where draws go through gradients of the target: at 5e-3 three of the six modes of MoG6 were kept."""
 TRAJECTORY = EDGTrainingSettings.trajectory
+ANNEALING = ("anneal_from", "anneal_share")
 OF_TRAINING = tuple(field.name for field in fields(EDGTrainingSettings))
 
 
@@ -41,7 +40,10 @@ def generator_settings(case: Case, decoder: str, score: str) -> tuple[EDGSetting
 
 
 def diffusion(case: Case, budget: Budget, n: int, seed: int, *, decoder: str, score: str, name: str) -> Drawn:
-    """The diffusion generator; it stops with its steps, of which the budget of energies has so many."""
+    """The diffusion generator; it stops with its steps, of which the budget of energies has so many.
+
+    With the score "variational" it is the source's ablation, an autoencoder: all but the diffusion is the same.
+    """
     settings, given, slopes = generator_settings(case, decoder, score)
     cost = given["batch"] * (1 + 2 * slopes) + given.get("walkers", 0) * (given.get("trajectory", TRAJECTORY) + 1)
     begin = time.process_time()
@@ -50,7 +52,8 @@ def diffusion(case: Case, budget: Budget, n: int, seed: int, *, decoder: str, sc
     training = EDGTrainingSettings(steps=steps, **given)
     history = train_edg(edg, case.learned, training, seed=seed)
     middle = time.process_time()
-    made = draw(edg, case.target, 1.0, n, generator=torch.Generator().manual_seed(seed), chunk=2048, **case.weighing)
+    weighing = case.weighing if edg.score.corrected else {}  # a Gaussian's density is a formula
+    made = draw(edg, case.target, 1.0, n, generator=torch.Generator().manual_seed(seed), chunk=2048, **weighing)
     facts = {
         "steps": training.steps, "batch": training.batch, "tolerance": made.tolerance and list(made.tolerance),
         "n_parameters": sum(p.numel() for p in edg.parameters()),
@@ -63,26 +66,19 @@ def diffusion(case: Case, budget: Budget, n: int, seed: int, *, decoder: str, sc
     )  # fmt: skip
 
 
-def autoencoder(case: Case, budget: Budget, n: int, seed: int, *, decoder: str, name: str) -> Drawn:
-    """The same decoder without the diffusion."""
-    settings, training, slopes = generator_settings(case, decoder, "variational")
-
-    def build(target: Counted) -> Decoder:
-        return build_edg(target, settings, seed=seed).decoder.to(torch.get_default_dtype())
-
-    latents = settings.latent_dim or case.target.dim
-    return vae(
-        case.learned, budget, n, scale=case.scale, decoder=build, latent_dim=latents,
-        harmonics=settings.harmonics, costs=1 + slopes, batch=training["batch"], seed=seed, name=name,
-    )  # fmt: skip
-
-
 def rival(
     method: Callable[..., Drawn], case: Case, budget: Budget, n: int, seed: int, *, name: str, **settings: Any
 ) -> Drawn:  # fmt: skip
     """A method that takes target, budget and scale."""
     settings |= case.rivals.get(name, {})
     return method(case.learned, budget, n, scale=case.scale, seed=seed, name=name, **settings)
+
+
+def annealed(case: Case, budget: Budget, n: int, seed: int) -> Drawn:
+    """A Boltzmann generator that begins as hot as the diffusion generator and cools as long."""
+    given = {name: getattr(EDGTrainingSettings, name) for name in ANNEALING}
+    given |= {name: case.steps[name] for name in ANNEALING if name in case.steps}
+    return rival(real_nvp, case, budget, n, seed, name="bg-annealed", **given)
 
 
 def shipped(case: Case, budget: Budget, n: int, seed: int, *, name: str) -> Drawn:
@@ -112,10 +108,10 @@ METHODS: dict[str, Method] = {
     "edg-plain": partial(diffusion, decoder="gaussian", score="plain", name="edg-plain"),
     "edg-energy": partial(diffusion, decoder="gaussian", score="energy", name="edg-energy"),
     "edg-pairs": partial(diffusion, decoder="pairs", score="pairs", name="edg-pairs"),
-    "vae": partial(autoencoder, decoder="gaussian", name="vae"),
-    "vae-ghd": partial(autoencoder, decoder="hamiltonian", name="vae-ghd"),
+    "vae": partial(diffusion, decoder="gaussian", score="variational", name="vae"),
+    "vae-ghd": partial(diffusion, decoder="hamiltonian", score="variational", name="vae-ghd"),
     "bg": partial(rival, real_nvp, name="bg"),
-    "bg-annealed": partial(rival, real_nvp, anneal=True, name="bg-annealed"),
+    "bg-annealed": annealed,
     "pis": partial(rival, pis, name="pis"),
     "pis-variance": partial(rival, pis, loss="variance", name="pis-variance"),
     "hmc": partial(rival, hmc, name="hmc"),
@@ -124,8 +120,8 @@ METHODS: dict[str, Method] = {
     "flow": partial(shipped, name="flow"),
 }
 """Diffusion generators with a network or with dynamics ("ghd") for decoder, with the scores of the source ("plain",
-"energy"), or made of pairs, for clusters alone ("pairs"); autoencoders are the same without diffusion; "flow" is the
-one that ships, of alanine dipeptide alone."""
+"energy"), or made of pairs, for clusters alone ("pairs"); autoencoders ("vae") are the same, trained the same way,
+without diffusion; "flow" is the one that ships, of alanine dipeptide alone."""
 
 DEFAULT = [name for name in METHODS if name not in ("edg-plain", "edg-energy", "edg-pairs", "tsf", "flow")]
 ALSO = {"wells": ["tsf"], "lj": ["edg-pairs"], "molecule": ["flow"]}
@@ -134,7 +130,7 @@ ALSO = {"wells": ["tsf"], "lj": ["edg-pairs"], "molecule": ["flow"]}
 
 def judged_by(drawn: Drawn, case: Case) -> Drawn:
     """The same draws with energies and weights of the target itself, where methods learnt from a smoother one."""
-    if case.training is None or drawn.method.startswith(("edg", "flow")):
+    if case.training is None or drawn.method.startswith(("edg", "vae", "flow")):
         return drawn
     with torch.no_grad():
         energy = torch.cat([case.target(x) for x in drawn.x.split(4096)])

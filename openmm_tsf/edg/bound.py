@@ -48,7 +48,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from openmm_tsf.edg.generator import EDG
-from openmm_tsf.edg.networks import Latents, Target, log_normal
+from openmm_tsf.edg.networks import Latents, Target, check_dim, log_normal
 from openmm_tsf.edg.pairs import PairDecoder
 from openmm_tsf.edg.scores import Given
 from openmm_tsf.typing import Mask, Scalars, Vectors
@@ -67,7 +67,8 @@ class BoundSample:
         encoder: the integrals over time [nat].
         n_nonfinite: draws left out because their energy, its gradient or x itself was not finite.
         n_folded: draws where a map folds space: with any, the value may be below -ln Z.
-        n_energy_evaluations: of the target; a gradient counts one, and so does a product with its Hessian.
+        n_energy_evaluations: of the target; a gradient counts one, and so does a product with its Hessian. What the
+            score "energy" asks of a Hamiltonian decoder is not counted.
         x: (B, d) the draws that are not left out.
         log_weights: (B,) of these with their latents, the encoder's base being the encoder [nat]; see `walkers`.
     """
@@ -185,8 +186,9 @@ def check_target(edg: EDG, target: Target) -> None:
     """Refuse a target that the generator was not built for.
 
     Raises:
-        ValueError: another dimension.
+        ValueError: another dimension, or none.
     """
+    check_dim(target)
     if target.dim != edg.dim:
         raise ValueError(f"the target has {target.dim} dimensions, the generator {edg.dim}")
 
@@ -226,9 +228,17 @@ def reduced(target: Target, x: Vectors, tau: Scalars) -> Scalars:
     """U/tau (B,) of vectors (B, d) at temperatures (B,), in their dtype.
 
     Raises:
-        ValueError: the target gives something else than one number for each row.
+        ValueError: the target gives something else than one number for each row, or takes another dtype only.
     """
-    energy = target(x)
+    try:
+        energy = target(x)
+    except RuntimeError as error:
+        if "dtype" not in str(error):
+            raise
+        raise ValueError(
+            f"the target fails for vectors of {x.dtype}: {error}. Training has single precision and draws double, so "
+            "let its constants follow x, as constant.to(x) does"
+        ) from error
     if energy.shape != x.shape[:1]:
         raise ValueError(f"the target gave energies of shape {tuple(energy.shape)} for {len(x)} rows")
     return energy.to(x.dtype) / tau

@@ -132,6 +132,8 @@ def draw(
         raise ValueError(f"the weights of {n} draws say nothing of the effective sample size; draw at least {FEWEST}")
     if companions < 0:
         raise ValueError(f"the number of companions cannot be negative, got {companions}")
+    if chunk < 1:
+        raise ValueError(f"a batch has at least one draw, not chunk = {chunk}")
     check_target(edg, target)
     if steps is None:
         paths, sample = (partial(f, rtol=rtol, atol=atol) for f in (encoder_paths, encoder_sample))

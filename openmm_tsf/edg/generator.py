@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from openmm_tsf.edg.decoders import Conditional, Decoder, GaussianDecoder, HamiltonianDecoder
 from openmm_tsf.edg.diffusion import VariancePreserving
 from openmm_tsf.edg.lattice import LatticeDecoder, LatticeScore
-from openmm_tsf.edg.networks import Latents, Target
+from openmm_tsf.edg.networks import Latents, Target, check_dim
 from openmm_tsf.edg.pair_score import PairScore
 from openmm_tsf.edg.pairs import PairDecoder
 from openmm_tsf.edg.scores import EnergyScore, GaussianScore, PlainScore, Score
@@ -161,6 +161,10 @@ class EDGSettings:
         for name in ("hidden", "depth", "leaps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"generator setting {name} must be at least 1, not {getattr(self, name)}")
+        if self.latent_dim is not None and self.latent_dim < 1:
+            raise ValueError(f"generator setting latent_dim must be at least 1, or None, not {self.latent_dim}")
+        if self.stages < 0:
+            raise ValueError(f"generator setting stages must not be negative, it is {self.stages}")
         if self.harmonics < 0:
             raise ValueError(f"generator setting harmonics must not be negative, it is {self.harmonics}")
         if self.harmonics and (self.decoder == "pairs" or self.lattice is not None):
@@ -186,9 +190,11 @@ def build_edg(target: Target, settings: EDGSettings | None = None, *, seed: int 
         seed: of the networks' first weights.
 
     Raises:
-        ValueError: "pairs" for a target without particles, or a lattice of another number of sites.
+        ValueError: a target without a dimension, "pairs" for one without particles, or a lattice of another number of
+            sites.
     """
     settings, diffusion = settings or EDGSettings(), VariancePreserving()
+    check_dim(target)
     make = _of_pairs if settings.decoder == "pairs" else _of_vectors if settings.lattice is None else _on_lattice
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

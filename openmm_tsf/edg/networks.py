@@ -29,6 +29,17 @@ class Target(Protocol):
     def __call__(self, x: Vectors) -> Scalars: ...
 
 
+def check_dim(target: Target) -> None:
+    """Refuse a target that does not say how many components its vectors have.
+
+    Raises:
+        ValueError: it has no `dim` of 1 or more.
+    """
+    dim = getattr(target, "dim", None)
+    if not isinstance(dim, int) or dim < 1:
+        raise ValueError(f"a target has a whole number `dim`, the components of x; of {target!r} it is {dim!r}")
+
+
 def log_normal(eps: Latents, log_width: Tensor | float = 0.0) -> Scalars:
     """ln of the density (B,) [nat] of Gaussian numbers that are eps (B, d) in units of their widths."""
     return -(0.5 * eps.square() + log_width + 0.5 * math.log(2.0 * math.pi)).sum(1)
