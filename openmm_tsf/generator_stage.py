@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from importlib.util import find_spec
 
 from .assembly import load_zmatrix, open_energy
 from .edg import build_edg, train_edg
 from .edg.curvature import WithCurvature
+from .edg.encoder_ode import solver
 from .edg.molecular import MolecularEDG
 from .edg.molecule import MolecularTarget, molecular_target
 from .edg_checkpoint import save_molecular_edg
@@ -33,8 +33,7 @@ def train_generator(run: Run, molecule: Molecule, frames: Frames, progress: Prog
     Warns:
         UserWarning: more than `MOST_LOST` of the draws have no finite energy.
     """
-    if find_spec("torchdiffeq") is None:
-        raise ModuleNotFoundError("weights of a diffusion generator need torchdiffeq: pip install torchdiffeq")
+    solver()
     config, settings = run.config, run.config.edg
     energy = open_energy(molecule, config.energy, settings.steps * settings.batch)
     curved = settings.decoder == "hamiltonian" and not isinstance(energy, BatchedEnergy)

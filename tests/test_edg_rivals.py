@@ -170,15 +170,15 @@ def test_hmc_is_exact_whatever_its_gradient(generator, monkeypatch):
 def test_hmc_gets_away_from_where_energies_are_steep(generator, monkeypatch):
     class Steep(Gaussian):
         def __call__(self, x):
-            return (x**4).sum(1)
+            return 1e3 * (x**4).sum(1)
 
     target = Counted(Steep(), Budget(10**9))
 
     def left(often):
         monkeypatch.setattr(hmc, "OFTEN", often)
         chains = hmc.Chains(x := torch.full((50, 2), 8.0), *target.slope(x))
-        for _ in range(200):
-            chains, _, _ = hmc.iterate(chains, target, hmc.Tuning(torch.ones(2), 0.3, 2), generator)
+        for _ in range(600):
+            chains, _, _ = hmc.iterate(chains, target, hmc.Tuning(torch.ones(2), 0.05, 2), generator)
         return int((chains.u < 20.0).sum())
 
     assert left(hmc.OFTEN) == 50 and left(0.0) == 0

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 import tomllib
 from dataclasses import replace
 
@@ -220,7 +221,7 @@ def test_energies_that_are_not_finite_in_places_are_named(copied):
 
 def test_what_draws_will_need_is_missed_before_training(copied, monkeypatch):
     (copied / "generator.edg").unlink()
-    monkeypatch.setattr("openmm_tsf.generator_stage.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     with open_run(copied) as run, pytest.raises(ModuleNotFoundError, match="pip install torchdiffeq"):
         train_stage(run)
 

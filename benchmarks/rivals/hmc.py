@@ -24,8 +24,9 @@ WANTED = 0.8
 """Acceptance that dual averaging aims at."""
 KEPT = 2e7
 """Numbers that are kept of what chains visited; beyond them, iterations are left out evenly."""
-SHORT, OFTEN = 0.1, 0.1
-"""A trajectory has steps so much shorter, so often: a chain that starts where energies are steep gets away."""
+DECADES, OFTEN = 3.0, 0.1
+"""So often, a trajectory has steps up to so many powers of ten shorter: chains get away from where energies are steep,
+as they are at some starts."""
 SHARES = (0.10, 0.15, 0.05)
 """Of the budget: for masses; for the length; for the last step size."""
 
@@ -83,13 +84,14 @@ def iterate(
     """One trajectory of each chain; the chains after it, acceptance probabilities and squared jumps (in widths), (B,).
 
     The number of steps is uniform between 1 and 2 length - 1, the same for all chains, so that no period of the motion
-    is hit; the step size varies by a tenth between chains, and is `SHORT` of that for some of them.
+    is hit; the step size varies by a tenth between chains, and for `OFTEN` of them by much more.
     """
     b, d = chains.x.shape
     width, kinetic = tuning.width, lambda v: 0.5 * (v * v).sum(1)
     n_steps = int(torch.randint(1, 2 * tuning.length, (1,), generator=generator))
     step = tuning.step * (0.9 + 0.2 * torch.rand(b, 1, generator=generator))
-    step = torch.where(torch.rand(b, 1, generator=generator) < OFTEN, SHORT * step, step)
+    shorter = 10.0 ** (-DECADES * torch.rand(b, 1, generator=generator))
+    step = torch.where(torch.rand(b, 1, generator=generator) < OFTEN, shorter * step, step)
     v = normal(b, d, generator)
     x, u, g, begin = chains.x, chains.u, chains.g, chains.u + kinetic(v)
     v = v - 0.5 * step * width * g

@@ -121,7 +121,7 @@ class _Flow:
         times = torch.tensor(clock, dtype=n.dtype, device=n.device)
         options = {"max_num_steps": max(1, self.most // 6)}
         try:
-            state = _solver()(self, state, times, rtol=rtol, atol=atol, method="dopri5", options=options)[1]
+            state = solver()(self, state, times, rtol=rtol, atol=atol, method="dopri5", options=options)[1]
         except AssertionError as error:  # how torchdiffeq says that steps became too small or too many
             problem = str(error)
         if not problem and not torch.isfinite(state).all():
@@ -146,7 +146,7 @@ class _Flow:
         return EncoderPaths(log_prob, z0, end, self.n_evaluations)
 
 
-def _solver() -> Callable[..., Tensor]:
+def solver() -> Callable[..., Tensor]:
     """The solver of torchdiffeq, whose import complains of its own use of torch.jit.
 
     Raises:
