@@ -286,7 +286,6 @@ def test_alanine_dipeptide_from_frames_at_hand(tmp_path, ala2, monkeypatch):
             "batch": 32,
             "walkers": 8,
             "trajectory": 3,
-            "anneal_share": 0.4,
         },
         "sample": {"temperatures": [600.0], "n": 150},
     }
@@ -301,6 +300,6 @@ def test_alanine_dipeptide_from_frames_at_hand(tmp_path, ala2, monkeypatch):
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["ramachandran_excess_tv_raw"] is not None and metrics["n_latents"] == 4
     assert not metrics["is_conditioned"]
-    assert metrics["n_energy_evaluations_train"] == 20 * 32 + (20 - 8) * 8 * (3 + 1)
+    assert metrics["n_energy_evaluations_train"] == 20 * 32 + 20 * 8 * (3 + 1)
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert math.isfinite(history["rows"][-1]["forward"]) and history["rows"][-1]["n_far"] < 8

@@ -146,7 +146,7 @@ def cluster(n: int) -> Case:
 
     target, pairs = LennardJones(n), {"stages": 12, "learning_rate": 5e-3, "weight_average": 0.99}
     if n < 20:
-        pairs.update({"spread": 0.9, "steps": 1500, "batch": 96, "walkers": 96})
+        pairs.update({"spread": 0.9, "steps": 1250, "batch": 96, "walkers": 96})
     else:  # overlaps of a cloud of latents are many more
         pairs.update({"spread": 1.2, "steps": 1000, "batch": 16, "anneal_from": 0.1, "soften_above": 4000.0})
     return Case(

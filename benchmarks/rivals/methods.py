@@ -25,7 +25,6 @@ Method = Callable[[Case, Budget, int, int], Drawn]
 DYNAMICS_RATE = 1e-3
 """Learning rate where draws go through gradients of the target: at 5e-3 three of the six modes of MoG6 were kept."""
 TRAJECTORY = EDGTrainingSettings.trajectory
-ANNEALING = ("anneal_from", "anneal_share")
 OF_TRAINING = tuple(field.name for field in fields(EDGTrainingSettings))
 
 
@@ -76,9 +75,10 @@ def rival(
 
 def annealed(case: Case, budget: Budget, n: int, seed: int) -> Drawn:
     """A Boltzmann generator that begins as hot as the diffusion generator and cools as long."""
-    given = {name: getattr(EDGTrainingSettings, name) for name in ANNEALING}
-    given |= {name: case.steps[name] for name in ANNEALING if name in case.steps}
-    return rival(real_nvp, case, budget, n, seed, name="bg-annealed", **given)
+    _, given, _ = generator_settings(case, "gaussian", "gaussian")
+    training = EDGTrainingSettings(**given)
+    cooling = {"anneal_from": training.anneal_from, "anneal_share": training.anneal_share}
+    return rival(real_nvp, case, budget, n, seed, name="bg-annealed", **cooling)
 
 
 def shipped(case: Case, budget: Budget, n: int, seed: int, *, name: str) -> Drawn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -36,7 +37,7 @@ def check_dim(target: Target) -> None:
         ValueError: it has no `dim` of 1 or more.
     """
     dim = getattr(target, "dim", None)
-    if not isinstance(dim, int) or dim < 1:
+    if not isinstance(dim, Integral) or dim < 1:
         raise ValueError(f"a target has a whole number `dim`, the components of x; of {target!r} it is {dim!r}")
 
 

@@ -42,7 +42,7 @@ class EDGTrainingSettings:
         weight_average: decay of the exponential average of the weights that is kept as the result.
         clip: largest norm of the gradient, as a multiple of the recent ones' average.
         soften_above: reduced energies above this pull like their logarithm only; None for never.
-        walkers: at equilibrium with the target, which are learned from as well once annealing is over; see `walkers`.
+        walkers: at equilibrium with the target, hot as it is, which are learned from as well; see `walkers`.
             At most as many as draws in a step; 0 for none.
         trajectory: leapfrog steps of each walker in a step, each costing an energy and its gradient.
         record_every: steps between rows of the history, which average what lies between.
@@ -85,7 +85,7 @@ class EDGHistory:
         rows: with step, bound (less ln Z [nat], of the target as heated), energy, entropy, encoder, heat,
             learning_rate, n_nonfinite, n_folded (of pairs: draws where the decoder folds space, so that the bound is
             none); and, of walkers, forward (mean ln w, at least ln Z at equilibrium), n_far (those left out of this
-            mean, see `walkers.FAR`) and step_size, in steps that have them.
+            mean, see `walkers.FAR`) and step_size.
         n_energy_evaluations: of the target; see `bound.BoundSample`.
         n_nonfinite: draws left out, since their energy or its gradient was not finite.
         n_left_out: steps left out, since the gradient by the parameters was not finite.
@@ -182,7 +182,7 @@ class _Trainer:
         above = math.inf if settings.soften_above is None else settings.soften_above
         options = {"times": settings.times, "soften_above": above, "generator": self.generator}
         sample = kl_bound(self.edg, self.target, settings.batch, tau=tau, **options)
-        loss, row = self._with_walkers(sample) if self._walking() else (sample.loss, {})
+        loss, row = self._with_walkers(sample) if settings.walkers else (sample.loss, {})
         self.optimiser.zero_grad()
         loss.backward()
         limit = settings.clip * self.norm if self.norm else math.inf
@@ -197,17 +197,13 @@ class _Trainer:
         follow(self.average.parameters(), self.edg.parameters(), self.settings.weight_average, self.step)
         return sample, row
 
-    def _walking(self) -> bool:
-        """Whether there are walkers in this step: before annealing is over they would start from overlaps."""
-        return self.settings.walkers > 0 and self.step >= self.settings.anneal_share * self.settings.steps
-
     def _with_walkers(self, sample: BoundSample) -> tuple[torch.Tensor, dict[str, float]]:
         """The loss of draws and walkers, each counting as much, and what there is to record."""
         settings, seeded = self.settings, {"generator": self.generator}
         if self.walkers is None:
             self.walkers = Walkers(sample.x[: settings.walkers])
         walkers = self.walkers
-        energy = walkers.move(self.target, settings.trajectory, **seeded)
+        energy = walkers.move(self.target, settings.trajectory, tau=self._heat(), **seeded)
         self.history.n_energy_evaluations += len(energy) * (settings.trajectory + 1)
         loss, log_weights = learn_from(self.edg, walkers.x, energy, **seeded)
         walkers.offer(sample.x, sample.log_weights, log_weights, **seeded)
@@ -252,8 +248,7 @@ class _Trainer:
         self.recent.append({"bound": sample.value, **parts, **row})
         if self.step % self.settings.record_every and self.step != self.settings.steps:
             return
-        columns = {name: [row[name] for row in self.recent if name in row] for name in self.recent[-1]}
-        means = {name: sum(column) / len(column) for name, column in columns.items()}
+        means = {name: sum(row[name] for row in self.recent) / len(self.recent) for name in self.recent[-1]}
         rate = self.optimiser.param_groups[0]["lr"]
         history.rows.append({"step": self.step, **means, "heat": self._heat(), "learning_rate": rate})
         self.recent = []

@@ -8,7 +8,8 @@ weights of such draws are what the effective sample size dies of. In the opposit
 p_E being the Gaussian base of the encoder, whose density and draws have a closed form. It needs x ~ pi, and walkers
 have them from the energy alone. Hamiltonian Monte Carlo moves each; and each is offered a draw of the generator, which
 it takes with probability min(1, w(draw)/w(walker)), so that walkers share modes as the target does, whatever lies
-between. Both leave exp(-U) p_E(z|x) as it is for a generator that stays as it is.
+between. Both leave exp(-U) p_E(z|x) as it is for a generator that stays as it is. Walkers start hot and cool down with
+the target: draws at its own temperature have let go of rare basins already, and dynamics seldom find them again.
 
 E[ln w] is at least ln Z with walkers at equilibrium, as it is at most ln Z over the generator's draws.
 
@@ -54,19 +55,20 @@ class Walkers:
         self.x = x
         self.step = FIRST_STEP * float(x.std(0).mean()) if step is None else step
 
-    def move(self, target: Target, trajectory: int, *, generator: torch.Generator) -> Scalars:
-        """A trajectory of so many leapfrog steps each, and the test of Metropolis; U (W,) of where they are.
+    def move(self, target: Target, trajectory: int, *, tau: float = 1.0, generator: torch.Generator) -> Scalars:
+        """A trajectory of so many leapfrog steps each at temperature tau, and the test of Metropolis; U/tau (W,) of
+        where they are.
 
         Step sizes are between half of `step` and one and a half, each walker's own.
         """
         x, p = self.x, _normal(self.x, generator)
         h = (self.step * (0.5 + torch.rand(len(x), generator=generator)))[:, None].to(x)
-        before, slope = _energy_and_slope(target, x)
+        before, slope = _energy_and_slope(target, x, tau)
         start = before + 0.5 * p.square().sum(1)
         for _ in range(trajectory):
             p = p - 0.5 * h * slope
             x = x + h * p
-            energy, slope = _energy_and_slope(target, x)
+            energy, slope = _energy_and_slope(target, x, tau)
             p = p - 0.5 * h * slope
         chance = torch.exp(start - energy - 0.5 * p.square().sum(1)).nan_to_num(0.0)  # NaN is where no energy is
         taken = torch.rand(len(x), generator=generator).to(x) < chance
@@ -96,7 +98,8 @@ def log_density(edg: EDG, x: Vectors, noise: Latents) -> Scalars:
 
 
 def learn_from(edg: EDG, x: Vectors, energy: Scalars, *, generator: torch.Generator) -> tuple[Tensor, Scalars]:
-    """What the opposite divergence is of walkers x (W, d), as a scalar to lower, and ln w (W,) of each; see `FAR`."""
+    """What the opposite divergence is of walkers x (W, d) with energies U/tau (W,), as a scalar to lower, and ln w (W,)
+    of each; see `FAR`."""
     density = log_density(edg, x, torch.randn(len(x), edg.latent_dim, generator=generator).to(x))
     log_weights = -energy - density.detach()
     return -density[near(log_weights)].mean(), log_weights
@@ -107,10 +110,10 @@ def near(log_weights: Scalars) -> Mask:
     return log_weights <= log_weights.nanmedian() + FAR
 
 
-def _energy_and_slope(target: Target, x: Vectors) -> tuple[Scalars, Vectors]:
+def _energy_and_slope(target: Target, x: Vectors, tau: float) -> tuple[Scalars, Vectors]:
     with torch.enable_grad():
         here = x.detach().requires_grad_()
-        energy = target(here)
+        energy = target(here) / tau
         (slope,) = torch.autograd.grad(energy.sum(), here)
     return energy.detach().to(x), slope
 
