@@ -3,8 +3,9 @@
 PYTHON ?= python3
 OUT ?= runs/ala2
 PYTEST_ARGS ?=
-# Files go whole to one of as many workers as there are cores: what a file prepares for its tests is prepared once.
-PARALLEL ?= -n auto --dist loadfile
+# Files go whole to one of as many workers as there are cores: what a file prepares for its tests is prepared once. They
+# go by name, since by number of tests those with few long ones would come last, and one core would wait for the other.
+PARALLEL ?= -n auto --dist loadfile --no-loadscope-reorder
 
 VENV := .venv
 PY := $(VENV)/bin/python

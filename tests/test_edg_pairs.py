@@ -248,6 +248,7 @@ def test_the_bound_of_three_particles_is_one():
     assert -3.0 * bound.error < bound.value + exact_log_z(3) < 1.5
 
 
+@pytest.mark.slow
 def test_weights_of_three_particles_have_the_exact_mean():
     """Of networks that were never trained, on a cluster twenty times as hot in a trap as much stiffer."""
     cluster = LennardJones(3, temperature=20.0, trap=20.0)

@@ -198,6 +198,7 @@ def test_samples_made_once_are_solved_once_and_give_the_same(monkeypatch):
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_errors_are_calibrated_and_those_without_time_are_not():
     inside, scrambled = [], []
     for seed in range(24):
