@@ -24,6 +24,7 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .edg import EDG, EDGSettings, Target, build_edg
+from .edg.bound import check_target
 from .edg.curvature import WithCurvature
 from .edg.molecular import MolecularEDG
 from .edg.molecule import MolecularTarget
@@ -58,8 +59,7 @@ def save_edg(edg: EDG, path: str | os.PathLike, *, target: Target, extra: Mappin
         OSError: the folder cannot be written or is full.
     """
     settings = _settings_of(edg)
-    if target.dim != edg.dim:
-        raise ValueError(f"the target has {target.dim} dimensions, the generator {edg.dim}")
+    check_target(edg, target)
     points = 0.5 * settings.spread * torch.randn(
         N_POINTS, edg.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )  # fmt: skip

@@ -133,6 +133,17 @@ def test_densities_of_networks_have_the_marginal_of_x_for_their_mean():
         assert abs(float(found.mean() - exact)) < 4.0 * float(found.std()) / n**0.5 < 0.05 * float(exact)
 
 
+def slopes(parameter, value, step):
+    """Of a value along a random direction of a parameter: by its gradient, and by differences."""
+    direction, values = torch.randn(parameter.shape, generator=seeded(6)), []
+    with torch.no_grad():
+        for change in (step, -2.0 * step):
+            parameter += change * direction
+            values.append(float(value()))
+        parameter += step * direction
+    return float((parameter.grad * direction).sum()), (values[0] - values[1]) / (2.0 * step)
+
+
 def test_gradients_of_networks_are_finite_differences():
     """Of the decoder, and of the encoder that latents are drawn from."""
     edg, x = poor(2), Correlated().samples(8, seeded(1))
@@ -143,15 +154,8 @@ def test_gradients_of_networks_are_finite_differences():
     value().backward()
     for part in (edg.decoder, edg.score.encoder):
         for parameter in part.parameters():
-            direction = torch.randn(parameter.shape, generator=seeded(6))
-            values = []
-            with torch.no_grad():
-                for step in (1e-6, -2e-6):
-                    parameter += step * direction
-                    values.append(float(value()))
-                parameter += 1e-6 * direction
-            expected = (values[0] - values[1]) / 2e-6
-            assert float((parameter.grad * direction).sum()) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+            found, expected = slopes(parameter, value, 1e-6)
+            assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_gradients_are_finite_differences(monkeypatch):
@@ -167,15 +171,8 @@ def test_gradients_are_finite_differences(monkeypatch):
     value().backward()
     for name in ("plain", "sense", "log_scale", "mixed"):
         parameter = dict(edg.decoder.named_parameters())[name]
-        direction = torch.randn(parameter.shape, generator=seeded(6))
-        values = []
-        with torch.no_grad():
-            for step in (1e-5, -2e-5):
-                parameter += step * direction
-                values.append(float(value()))
-            parameter += 1e-5 * direction
-        expected = (values[0] - values[1]) / 2e-5
-        assert float((parameter.grad * direction).sum()) == pytest.approx(expected, rel=1e-5)
+        found, expected = slopes(parameter, value, 1e-5)
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_two_divergences_enclose_the_partition_function():
