@@ -9,6 +9,7 @@ os.environ.setdefault("OPENMM_CPU_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
+import shape_checks
 import torch
 from jaxtyping import install_import_hook
 
@@ -43,6 +44,12 @@ def float64_by_default(float64_in_fixtures):
     torch.set_default_dtype(previous)
 
 
+@pytest.fixture(autouse=True)
+def shapes_are_checked_anew():
+    """In every test the first calls of every function are checked."""
+    shape_checks.calls.clear()
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     """A fresh generator with a fixed seed."""
@@ -53,9 +60,9 @@ TINY = """
 seed = 3
 [simulate]
 n_frames = 600
-spacing_fs = 20.0
+spacing_fs = 10.0
 n_walkers = 20
-equilibration_ps = 0.4
+equilibration_ps = 0.2
 [flow]
 blocks = 1
 hidden = 8

@@ -58,7 +58,7 @@ def test_metrics_are_flat_and_complete(tiny_run):
     assert all(value is None or isinstance(value, int | float | str) for value in metrics.values())
     assert metrics["seed"] == 3
     assert metrics["version_openmm_tsf"] == __version__
-    assert metrics["n_energy_evaluations_simulate"] == 20 * (20 + 30) * 20
+    assert metrics["n_energy_evaluations_simulate"] == 20 * (20 + 30) * 10
     assert 0 < metrics["n_energy_evaluations_train"] - 4 * JUDGED_BY < 2000  # four evaluations
     assert metrics["n_energy_evaluations_sample"] == 2 * 200
     parts = [metrics[f"n_energy_evaluations_{stage}"] for stage in ("simulate", "train", "sample")]
