@@ -323,18 +323,27 @@ class Interrupted(Exception):
     """Stands for Ctrl-C, a crash or a full disk."""
 
 
+SHORT = few(n=500)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(good, tmp_path_factory):
+    """The spoilt flow refined in one go, and what was told of it."""
+    flow = perturbed(copy.deepcopy(good).requires_grad_(False), 0.05)
+    return flow, refine(flow, two_wells, COLD, SHORT, directory=tmp_path_factory.mktemp("whole"), seed=1)
+
+
 @pytest.mark.parametrize("step", [0, 15, 40, 55])
-def test_an_interrupted_refinement_ends_with_the_same_bits(step, poor, tmp_path):
-    settings = few(n=500)
-    whole, cut = copy.deepcopy(poor), copy.deepcopy(poor)
-    done = refine(whole, two_wells, COLD, settings, directory=tmp_path / "whole", seed=1)
+def test_an_interrupted_refinement_ends_with_the_same_bits(step, poor, uninterrupted, tmp_path):
+    whole, done = uninterrupted
+    cut = copy.deepcopy(poor)
 
     def stop(now: int, total: int, message: str) -> None:
         if now == step:
             raise Interrupted
 
     def go(flow: Flow, progress=None) -> Refinement:
-        return refine(flow, two_wells, COLD, settings, directory=tmp_path / "cut", seed=1, progress=progress)
+        return refine(flow, two_wells, COLD, SHORT, directory=tmp_path, seed=1, progress=progress)
 
     with pytest.raises(Interrupted):
         go(cut, stop)
