@@ -48,6 +48,13 @@ def new_figure(rows: int, columns: int, *, width: float, height: float) -> tuple
     return figure, list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
 
 
+def from_zero(axis: Axes) -> None:
+    """Let the y axis begin at 0 and end a little above what has been drawn."""
+    axis.update_datalim([(0.0, 0.0)], updatex=False)
+    axis.autoscale_view(scalex=False)
+    axis.set_ylim(bottom=0.0)
+
+
 def footer(figure: Figure, text: str) -> None:
     """Put the small print at the foot, below everything else; a figure too narrow for one line grows taller."""
     style = {"fontsize": 6.3, "color": "#666666", "ha": "left", "va": "bottom", "linespacing": 1.25}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .canvas import STYLE, footer, new_figure
+from .canvas import STYLE, footer, from_zero, new_figure
 from .plotting import BLUE, GREEN, ORANGE
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _ess(axis: Axes, t: np.ndarray, ess: np.ndarray, facts: Mapping[str, Any]) -
         color="black", fmt="o", markersize=4, capsize=2, linestyle="none", label="fresh draws",
     )  # fmt: skip
     axis.set(title="Worth of weighted draws", ylabel="ESS [%]")
-    axis.set_ylim(bottom=0.0)
+    from_zero(axis)
 
 
 def _marks(axis: Axes, facts: Mapping[str, Any], *, labelled: bool) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .analysis import N_BINS
-from .canvas import STYLE, footer, new_figure, png, save, small_print, versions
+from .canvas import STYLE, footer, from_zero, new_figure, png, save, small_print, versions
 from .ensemble import LEAST_ESS, Ensemble
 from .reference import Reference, ReferenceState
 from .series import ENERGY_BINS, Histogram, Series, of_ensemble, of_frames, of_reference
@@ -192,7 +192,7 @@ def training_curves(history: Sequence[Mapping[str, Any]], *, note: str = "") -> 
         energy.set(ylabel="energy loss [nat]", title="Energy loss")
         _curve(ess, history, "ess_train", "ESS", color=PURPLE, marker=True, scale=100.0)
         ess.set(ylabel="ESS [%]", title="Effective sample size at the training temperature", xlabel="step")
-        ess.set_ylim(0, None)
+        from_zero(ess)
         _curve(rate, history, "learning_rate", "learning rate", color="#000000")
         rate.set(ylabel="learning rate", title="Learning rate", xlabel="step")
         rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
@@ -225,7 +225,7 @@ def observables_figure(
         ess = [100.0 * row["ess"] for row in rows]
         axes[3].plot([row["temperature"] for row in rows], ess, "o-", color=PURPLE, markersize=3.5, linewidth=1.2)
         axes[3].set(ylabel="ESS [%]", title="Effective sample size")
-        axes[3].set_ylim(0, None)
+        from_zero(axes[3])
         for axis in axes:
             axis.set(xlabel="temperature [K]" if axis in axes[2:] else "", xlim=_padded(rows))
         omitted = f"; {len(rows) - len(trusted)} with ESS below 1 % left out" if len(trusted) < len(rows) else ""

@@ -210,6 +210,12 @@ def test_observables_leave_out_what_cannot_be_trusted(ensembles):
     assert len(figure.axes[3].lines[0].get_xdata()) == 3
 
 
+def test_what_begins_at_zero_ends_above_all_points():
+    rows = [{**row, "ess": 0.91 + 0.001 * i} for i, row in enumerate(observables())]
+    bottom, top = plotting.observables_figure(rows).axes[3].get_ylim()
+    assert bottom == 0.0 and 93.0 < top < 100.0
+
+
 def test_global_state_is_untouched(drawn):
     import matplotlib
 
