@@ -118,10 +118,10 @@ def flow_path(source: str | os.PathLike) -> Path:
         ValueError: there is no pretrained flow of that name, or it is the run of another model.
     """
     path = Path(source)
+    if not path.exists() and (path.suffix or len(path.parts) > 1):
+        raise FileNotFoundError(f"no {'diffusion generator' if path.suffix == '.edg' else 'flow'} at {path}")
     if path.suffix == ".edg" or (path / "generator.edg").exists():
         raise ValueError(f"{source} is a diffusion generator, and a flow is needed here")
-    if not path.exists() and (path.suffix or len(path.parts) > 1):
-        raise FileNotFoundError(f"no flow at {path}")
     return (path / "flow.tsf" if path.is_dir() else path) if path.exists() else pretrained_path(str(source))
 
 

@@ -291,9 +291,9 @@ def out_of_reach(
 ) -> str | None:  # fmt: skip
     """One line that says why the weights are not to be trusted and what to do; None where they are.
 
-    An ESS below 1 %, or one draw of a thousand or more that carries over a tenth of the weight, is out of reach.
+    An ESS below 1 %, or one draw that carries over a tenth of the weight and ten times its own share, is out of reach.
     """
-    alone = len(ensemble) >= 1000 and ensemble.largest_weight_share > LARGEST_SHARE
+    alone = ensemble.largest_weight_share > max(LARGEST_SHARE, 10.0 / len(ensemble))
     if ensemble.ess >= LEAST_ESS and not alone:
         return None
     trained = "" if training_temperature is None else f" (trained at {training_temperature:g} K)"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 from .assembly import load_zmatrix, open_energy
 from .edg import build_edg, train_edg
 from .edg.curvature import WithCurvature
@@ -17,9 +15,6 @@ from .settings import stage_seed
 from .systems import Molecule
 from .trajectories import Frames
 
-MOST_LOST = 0.01
-"""Share of the draws of training that may have no finite energy without a warning."""
-
 
 def train_generator(run: Run, molecule: Molecule, frames: Frames, progress: Progress | None = None) -> None:
     """Write generator.edg and history.json: training on the energy alone.
@@ -31,7 +26,7 @@ def train_generator(run: Run, molecule: Molecule, frames: Frames, progress: Prog
         ModuleNotFoundError: the extra "edg" is not installed; said now, since draws will need it.
 
     Warns:
-        UserWarning: more than `MOST_LOST` of the draws have no finite energy.
+        UserWarning: as `train_edg` does.
     """
     solver()
     config, settings = run.config, run.config.edg
@@ -55,15 +50,8 @@ def trained(run: Run, target: MolecularTarget, molecule: Molecule, report: Progr
     network = settings.network(int(target.internals.circular.sum()))
     edg = build_edg(target, network, seed=stage_seed(config.seed, "generator"))
     taus = [kelvin / config.simulate.temperature for kelvin in settings.temperatures]
-    history = train_edg(
+    train_edg(
         edg, target, settings.training, seed=stage_seed(config.seed, "train"), directory=run.path,
         temperatures=taus, progress=report,
     )  # fmt: skip
-    lost, all_draws = history.n_nonfinite, settings.steps * settings.batch
-    if lost > MOST_LOST * all_draws:
-        warnings.warn(
-            f"{lost} of {all_draws} draws of training ({100 * lost / all_draws:.2g} %) had an energy that is not finite"
-            " and taught nothing: the generator does not know these places; look for what is wrong with the energy",
-            stacklevel=2,
-        )
     return MolecularEDG(edg, target, molecule, (settings.temperatures[0], settings.temperatures[-1]))

@@ -65,7 +65,7 @@ GENERATOR_CAPTIONS = {
     "training": (
         "Training",
         "The bound that training lowers, less ln Z, once the target is at its own temperature. Its distance from -ln Z "
-        "bounds the relative entropy of generator and molecule.",
+        "bounds the relative entropy of generator and molecule; over a range of temperatures both are means.",
     ),
 }
 """The same of a diffusion generator, where they differ."""

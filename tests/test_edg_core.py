@@ -25,10 +25,10 @@ from openmm_tsf.edg import (
     train_edg,
 )  # fmt: skip
 from openmm_tsf.edg.bound import base_integral, integrand
-from openmm_tsf.edg.decoders import tamed
+from openmm_tsf.edg.decoders import GaussianDecoder, tamed
 from openmm_tsf.edg.networks import leading, log_normal, slope, with_harmonics
 from openmm_tsf.edg.proposal import EDGProposal
-from openmm_tsf.edg.scores import Given, Parts
+from openmm_tsf.edg.scores import GaussianScore, Given, Parts
 
 DIFFUSION = VariancePreserving()
 
@@ -641,7 +641,8 @@ class Steep(Gaussian):
 def test_draws_without_x_have_no_weight_and_disturb_no_other(steps):
     settings = EDGSettings(decoder="hamiltonian", hidden=8, stages=1)
     edg = perturbed(build_edg(Steep(dim=2), settings, seed=0), 0.1, 1)
-    made = draw(edg, Steep(dim=2), n=400, steps=steps, generator=seeded(1))
+    with pytest.warns(UserWarning, match="have an energy that is not finite and weigh nothing"):
+        made = draw(edg, Steep(dim=2), n=400, steps=steps, generator=seeded(1))
     lost = torch.isinf(made.energy)
     assert 20 < made.n_nonfinite == int(lost.sum()) < 200
     assert torch.isfinite(made.log_weights[~lost]).all() and (made.log_weights[lost] == -math.inf).all()
@@ -665,9 +666,10 @@ def test_draws_that_are_not_finite_are_counted_and_left_out(decoder):
     gradients = torch.autograd.grad(sample.loss, list(edg.parameters()))
     assert all(torch.isfinite(g).all() for g in gradients)
     assert any(g.any() for g in gradients)
-    drawn = draw(edg, Holes(dim=2), 1.0, 400, generator=seeded(1))
+    with pytest.warns(UserWarning, match=r"\d+ of 400 draws \(\d+ %\) have an energy that is not finite"):
+        drawn = draw(edg, Holes(dim=2), 1.0, 400, generator=seeded(1))
     bad = (drawn.x[:, 0].abs() > 1.0)  # fmt: skip
-    assert drawn.n_nonfinite == int(bad.sum())
+    assert drawn.n_nonfinite == int(bad.sum()) and f"{drawn.n_nonfinite} without a finite energy" in repr(drawn)
     assert (drawn.log_weights[bad] == -math.inf).all()
     assert torch.isfinite(drawn.log_weights[~bad]).all()
     assert drawn.log_z_bound == -math.inf
@@ -685,9 +687,17 @@ def test_errors_that_say_what_is_wrong(monkeypatch):
         kl_bound(edg, nowhere, 10, generator=seeded(1))
     with pytest.raises(RuntimeError, match="none of 200 draws"):
         draw(edg, nowhere, n=200, generator=seeded(1))
-    monkeypatch.setattr(Quartic, "__call__", lambda self, x: x)
-    with pytest.raises(ValueError, match=r"shape \(10, 2\) for 10 rows"):
-        kl_bound(edg, nowhere, 10, generator=seeded(1))
+    for energy, words in (
+        (lambda self, x: x, r"shape \(10, 2\) for 10 rows"),
+        (lambda self, x: x.detach().numpy().sum(1), "gave ndarray for 10 rows, not a tensor"),
+        (lambda self, x: x.detach().sum(1), "have no gradient: compute them from x in torch"),
+    ):
+        monkeypatch.setattr(Quartic, "__call__", energy)
+        with pytest.raises(ValueError, match=words):
+            kl_bound(edg, nowhere, 10, generator=seeded(1))
+    monkeypatch.setattr(Quartic, "__call__", lambda self, x: -1.0 / torch.relu(x[:, 0]))
+    with pytest.raises(ValueError, match=r"gave \d+ of 200 draws an energy of -inf"):
+        draw(edg, nowhere, n=200, generator=seeded(1))
     with pytest.raises(ValueError, match="draw at least 100"):
         draw(edg, nowhere, n=20, generator=seeded(1))
     with pytest.raises(ValueError, match="conditioned=True"):
@@ -722,3 +732,13 @@ def test_slopes_differentiate_again():
     assert torch.allclose(hv, (3.0 * x**2 - 2.0) / torch.tensor([[1.0], [2.0], [4.0]]))
     with torch.no_grad():
         assert not slope(Quartic(), x, None).requires_grad
+
+
+def test_decoder_and_score_are_of_one_diffusion_and_temperature():
+    size, mild = {"hidden": 8, "depth": 1}, VariancePreserving(beta_max=5.0)
+    decoder, score = GaussianDecoder(2, 2, **size), GaussianScore(2, 2, mild, **size)
+    assert EDG(decoder, score).diffusion == mild
+    with pytest.raises(ValueError, match=r"made for .*beta_max=5.0.*, not for .*beta_max=20.0"):
+        EDG(decoder, score, VariancePreserving())
+    with pytest.raises(ValueError, match="input of only one of decoder and score"):
+        EDG(decoder, GaussianScore(2, 2, mild, conditioned=True, **size))

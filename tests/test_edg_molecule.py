@@ -17,7 +17,7 @@ from molecules import (
 )
 from torch.autograd import gradcheck, gradgradcheck
 
-from openmm_tsf.edg import EDGSettings, EDGTrainingSettings, build_edg, draw, molecule, train_edg
+from openmm_tsf.edg import EDGSettings, EDGTrainingSettings, build_edg, draw, kl_bound, molecule, train_edg
 from openmm_tsf.energy import BatchedEnergy, OpenMMEnergy
 from openmm_tsf.units import kT
 
@@ -64,6 +64,30 @@ def test_a_molecule_is_the_energy_of_its_internals(temperature):
     assert (target.n_evaluations, target.n_off_chart) == (200, int((~inside).sum()))
     assert target.share_off_chart == pytest.approx(float((~inside).double().mean()))
     assert target(x.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("walled", [False, True])
+def test_temperature_divides_the_energy_and_not_the_volumes(walled):
+    """So a target heated up is the molecule at that temperature, in the same coordinates."""
+    target = chain_target(300.0, walled)
+    x = 2.0 * torch.randn(60, 6, generator=seeded(7))
+    for tau in (0.5, 1.0, 2.0):
+        hot = target.reduced(x, torch.full((60,), tau))
+        assert torch.allclose(hot, target.at(300.0 * tau)(x), atol=1e-9)
+    mixed = target.reduced(x, torch.tensor([0.5, 2.0]).repeat(30))
+    assert torch.equal(mixed[1::2], hot[1::2])
+
+
+def test_training_and_draws_take_a_molecule_at_its_temperature():
+    target, n = chain_target(300.0), 200
+    edg = build_edg(target, EDGSettings(conditioned=True, latent_dim=2, width=0.1), seed=1).double()
+    with pytest.warns(UserWarning, match="draws are worth"):
+        made = draw(edg, target, 2.0, n, generator=seeded(1))
+    known = made.energy.isfinite()
+    assert int(known.sum()) > 20
+    assert torch.allclose(made.energy[known] / 2.0, target.at(600.0)(made.x)[known], atol=1e-9)
+    sample = kl_bound(edg, target.walled(), n, tau=2.0, generator=seeded(1))
+    assert sample.energy == pytest.approx(float(target.at(600.0).walled()(sample.x).mean()), abs=1e-6)
 
 
 def test_images_of_a_torsion_add_up_to_the_circle():

@@ -137,7 +137,8 @@ def test_energies_that_are_not_finite_are_counted_in_training():
             return torch.where(x[:, 0] > 1.0, torch.nan, super().__call__(x))
 
     edg = build_edg(Holes(), EDGSettings(**SMALL), seed=1)
-    history = train_edg(edg, Holes(), EDGTrainingSettings(steps=30, batch=64, record_every=10), seed=1)
+    with pytest.warns(UserWarning, match=r"of 1920 draws of training \(\d+ %\) had an energy that is not finite"):
+        history = train_edg(edg, Holes(), EDGTrainingSettings(steps=30, batch=64, record_every=10), seed=1)
     assert 50 < history.n_nonfinite < 30 * 64
     assert sum(row["n_nonfinite"] for row in history.rows) * 10 == pytest.approx(history.n_nonfinite)
     assert all(math.isfinite(row["bound"]) for row in history.rows)
@@ -334,3 +335,14 @@ def test_curvature_of_openmm(ala2):
         products.append(torch.autograd.grad(gradient, here, v)[0])
     assert (products[0] - products[1]).abs().max() < 1e-5 * products[1].abs().max()
     assert not products[0][2].any()
+
+
+def test_a_range_with_equal_ends_is_one_temperature():
+    """Of 1 it needs no generator that is conditioned on temperature."""
+    edg = build_edg(Correlated(), EDGSettings(**SMALL), seed=1)
+    history = train_edg(edg, Correlated(), EDGTrainingSettings(steps=2, batch=8), seed=1, temperatures=(1.0, 1.0))
+    assert history.rows[-1]["step"] == 2
+    with pytest.raises(
+        ValueError, match=r"a range of temperatures \[2.0, 2.0\] needs a generator with conditioned=True"
+    ):
+        train_edg(edg, Correlated(), seed=1, temperatures=(2.0, 2.0))

@@ -98,6 +98,25 @@ def test_draws_that_are_offered_bring_walkers_where_they_should_be():
     assert few.x[:, 0].tolist() == [1.0, 1.0, 1.0, -1.0, -1.0]
 
 
+@pytest.mark.parametrize("decoder", ["gaussian", "hamiltonian"])
+def test_offers_keep_walkers_at_equilibrium_with_a_hot_target(decoder):
+    """Dynamics depend on temperature, so the density of walkers has to be that of draws at the same one."""
+    heat, n, generator = 30.0, 4000, seeded(1)
+    target = Correlated()
+    edg = build_edg(target, EDGSettings(decoder=decoder, spread=9.0, hidden=32, width=0.5), seed=1).double()
+    walkers = Walkers(math.sqrt(heat) * target.samples(n, generator), step=0.1)
+    taken = 0
+    for _ in range(60):
+        made = kl_bound(edg, target, n, tau=heat, generator=generator)
+        own = learn_from(edg, walkers.x, target(walkers.x) / heat, tau=heat, generator=generator)[1]
+        before = walkers.x
+        walkers.offer(made.x, made.log_weights, own, generator=generator)
+        taken += int((walkers.x != before).any(1).sum())
+    energy = target(walkers.x) / heat  # of the exponential distribution
+    assert taken > n
+    assert abs(float(energy.mean()) - 1.0) < 4.0 / math.sqrt(n)
+
+
 def clusters(n):
     edg = build_edg(LennardJones(n), EDGSettings(decoder="pairs", score="pairs", stages=4, spread=0.9), seed=1)
     perturbed(edg.decoder, 0.03, 3)
@@ -258,16 +277,22 @@ def test_walkers_of_training_are_at_equilibrium_with_the_target_not_with_the_gen
 
 
 def test_walkers_cool_down_with_the_target(monkeypatch):
-    heats, move = [], Walkers.move
+    heats, learned_at, move = [], [], Walkers.move
 
     def moved(self, target, trajectory, *, tau, generator):
         heats.append(tau)
         return move(self, target, trajectory, tau=tau, generator=generator)
 
+    def learned(*arguments, tau, **options):
+        learned_at.append(tau)
+        return learn_from(*arguments, tau=tau, **options)
+
     monkeypatch.setattr(Walkers, "move", moved)
+    monkeypatch.setattr("openmm_tsf.edg.training.learn_from", learned)
     edg = build_edg(Correlated(), EDGSettings(hidden=12, depth=1, width=0.8), seed=1)
     train_edg(edg, Correlated(), replace(WALKING, anneal_from=0.1, anneal_share=0.5, steps=10), seed=3)
     assert heats == pytest.approx([10.0 ** max(0.0, 1.0 - step / 5.0) for step in range(10)])
+    assert learned_at == heats
 
 
 def test_what_is_learned_of_walkers_makes_them_likely(monkeypatch):

@@ -168,6 +168,18 @@ def test_where_the_flow_was_trained_no_nearer_temperature_is_advised():
     assert out_of_reach(at_home, 30.0).endswith("; train longer")
 
 
+@pytest.mark.parametrize(
+    ("n", "heaviest", "said"), [(4, 0.9, False), (100, 0.09, False), (100, 0.5, True), (100, 0.2, True)]
+)
+def test_few_draws_of_which_one_has_most_of_the_weight_are_out_of_reach(n, heaviest, said):
+    """Their ESS cannot be below 1/n, which looks like more than it is."""
+    log_prob = torch.zeros(n)
+    log_prob[0] = -math.log(heaviest * (n - 1) / (1.0 - heaviest))
+    ensemble = Ensemble(torch.zeros(n, 1, 3), torch.zeros(n), log_prob, 300.0)
+    assert ensemble.largest_weight_share == pytest.approx(heaviest)
+    assert (out_of_reach(ensemble, 600.0) is not None) is said
+
+
 def test_infinite_energy_is_a_zero_weight_and_nan_an_error():
     ensemble = small(energy=torch.tensor([1.0, math.inf, 1.0, 1.0]), log_prob=torch.zeros(4))
     assert ensemble.ess == pytest.approx(0.75)

@@ -186,7 +186,7 @@ def test_sample_and_info_take_a_generator(chain, tmp_path):
         (["sample", "RUN", "-T", "300"], "trained at 450 to 600 K, and cannot run at 300 K"),
         (["sample", "RUN", "-T", "500", "--explore", "0.1"], "no potentials of torsions"),
         (["sample", "RUN", "-T", "500", "--tuned"], "--tuned is for flows"),
-        (["sample", "none.edg", "-T", "500"], "none.edg"),
+        (["sample", "none.edg", "-T", "500"], "no diffusion generator at none.edg"),
         (["refine", "RUN", "-T", "500"], 'is a run of model = "edg"; this needs one of model = "flow"'),
         (["tune", "RUN", "-T", "500"], 'is a run of model = "edg"; this needs one of model = "flow"'),
         (["exchange", "RUN"], "is a diffusion generator, and a flow is needed here"),

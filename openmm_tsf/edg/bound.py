@@ -48,10 +48,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from openmm_tsf.edg.generator import EDG
-from openmm_tsf.edg.networks import Latents, Target, check_dim, log_normal
+from openmm_tsf.edg.networks import Latents, Target, at_temperatures, check_dim, log_normal
 from openmm_tsf.edg.pairs import PairDecoder
 from openmm_tsf.edg.scores import Given
 from openmm_tsf.typing import Mask, Scalars, Vectors
+
+MOST_LOST = 0.01
+"""Share of draws that may have no finite energy without a warning."""
 
 
 @dataclass(frozen=True)
@@ -225,13 +228,14 @@ def _decode(edg: EDG, target: Target, z: Latents, xi: Vectors, tau: Scalars, sof
 
 
 def reduced(target: Target, x: Vectors, tau: Scalars) -> Scalars:
-    """U/tau (B,) of vectors (B, d) at temperatures (B,), in their dtype.
+    """The reduced energy (B,) of vectors (B, d) at temperatures (B,), in their dtype; see `Target`.
 
     Raises:
-        ValueError: the target gives something else than one number for each row, or takes another dtype only.
+        ValueError: the target gives something else than one number for each row, takes another dtype only, or has no
+            gradient.
     """
     try:
-        energy = target(x)
+        energy = at_temperatures(target, x, tau)
     except RuntimeError as error:
         if "dtype" not in str(error):
             raise
@@ -239,9 +243,12 @@ def reduced(target: Target, x: Vectors, tau: Scalars) -> Scalars:
             f"the target fails for vectors of {x.dtype}: {error}. Training has single precision and draws double, so "
             "let its constants follow x, as constant.to(x) does"
         ) from error
-    if energy.shape != x.shape[:1]:
-        raise ValueError(f"the target gave energies of shape {tuple(energy.shape)} for {len(x)} rows")
-    return energy.to(x.dtype) / tau
+    if x.requires_grad and not energy.requires_grad:
+        raise ValueError(
+            "the target's energies have no gradient: compute them from x in torch, without numpy, detach or no_grad; "
+            "energies with forces of their own go into a torch.autograd.Function"
+        )
+    return energy.to(x.dtype)
 
 
 def _strata(n: int, times: int, **options: object) -> Scalars:

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 import torch
 
 from openmm_tsf import weights
-from openmm_tsf.edg.bound import check_target, reduced
+from openmm_tsf.edg.bound import MOST_LOST, check_target, reduced
 from openmm_tsf.edg.encoder_chain import chain_paths, chain_sample
 from openmm_tsf.edg.encoder_ode import encoder_paths, encoder_sample
 from openmm_tsf.edg.generator import EDG
@@ -38,7 +38,7 @@ class EDGDraws:
 
     Args:
         x: (n, d).
-        energy: (n,) raw U; +inf, a weight of zero, where the target was not finite.
+        energy: (n,) raw U, tau times the reduced energy; +inf, a weight of zero, where the target was not finite.
         log_density: (n,) ln p^(x) [nat].
         log_prob_encoder: (n,) ln p_E(z_0|x), or ln R [nat].
         tau: temperature of the target.
@@ -64,7 +64,8 @@ class EDGDraws:
         return len(self.x)
 
     def __repr__(self) -> str:
-        return f"EDGDraws({len(self)} draws in {self.x.shape[1]} dimensions, ESS {100 * self.ess:.3g} %)"
+        lost = f", {self.n_nonfinite} without a finite energy" if self.n_nonfinite else ""
+        return f"EDGDraws({len(self)} draws in {self.x.shape[1]} dimensions, ESS {100 * self.ess:.3g} %{lost})"
 
     @cached_property
     def log_weights(self) -> Scalars:
@@ -122,11 +123,13 @@ def draw(
         chunk: draws in a batch of the solver, with a step size of its own.
 
     Raises:
-        ValueError: too few draws for weights to mean anything, a target of another dimension, or no steps.
+        ValueError: too few draws for weights to mean anything, a target of another dimension, energies of -inf, or no
+            steps.
         RuntimeError: the solver does not converge, or no draw has a finite energy.
 
     Warns:
-        UserWarning: the draws are worth fewer than `FEWEST_EFFECTIVE`.
+        UserWarning: the draws are worth fewer than `FEWEST_EFFECTIVE`, or more than `MOST_LOST` of them have no finite
+            energy.
     """
     if n < FEWEST:
         raise ValueError(f"the weights of {n} draws say nothing of the effective sample size; draw at least {FEWEST}")
@@ -154,10 +157,12 @@ def draw(
             ratios.append(log_joint - other.log_prob)
         evaluations += sum(path.n_function_evaluations for path in (own, *others)) * len(x) / n
         log_density = torch.stack(ratios).logsumexp(0) - math.log(1 + companions)
-        energy = torch.where(known, reduced(target, x, torch.ones_like(taus)), torch.inf)
+        energy = torch.where(known, taus * reduced(target, x, taus), torch.inf)
         parts.append((x, energy, torch.where(known, log_density, 0.0), own.log_prob))
     x, energy, log_density, log_prob_encoder = (torch.cat(column) for column in zip(*parts, strict=True))
     finite = torch.isfinite(energy)
+    if n_infinite := int((energy == -torch.inf).sum()):
+        raise ValueError(f"the target gave {n_infinite} of {n} draws an energy of -inf, an infinite density")
     if not finite.any():
         raise RuntimeError(f"none of {n} draws has a finite energy")
     draws = EDGDraws(
@@ -172,10 +177,22 @@ def draw(
         tolerance=(rtol, atol) if steps is None else None,
         n_nonfinite=int((~finite).sum()),
     )
+    _warn_of(draws)
+    return draws
+
+
+def _warn_of(draws: EDGDraws) -> None:
+    """Say what the weights do not tell by themselves."""
+    n = len(draws)
+    if draws.n_nonfinite > MOST_LOST * n:
+        warnings.warn(
+            f"{draws.n_nonfinite} of {n} draws ({100.0 * draws.n_nonfinite / n:.2g} %) have an energy that is not "
+            "finite and weigh nothing: right beyond a hard wall; elsewhere look for what is wrong with the energy",
+            stacklevel=4,  # past the decorator
+        )
     if draws.ess * n < FEWEST_EFFECTIVE:
         warnings.warn(
             f"{n} draws are worth {draws.ess * n:.1f}, the heaviest carries {100.0 * draws.largest_weight_share:.0f} % "
             "of all weight: ln Z is probably too low and its error too small; train longer, or draw more",
-            stacklevel=3,  # past the decorator
+            stacklevel=4,
         )
-    return draws

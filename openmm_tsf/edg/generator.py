@@ -28,11 +28,12 @@ class EDG(nn.Module):
     Args:
         decoder: latents to x.
         score: of the encoder.
-        diffusion: of the encoder; the same that the score has.
+        diffusion: of the encoder; by default the one that the score has.
         settings: what `build_edg` made it of, for files.
 
     Raises:
-        ValueError: decoder and score of different numbers of latents, or only one of them conditioned on temperature.
+        ValueError: decoder and score of different numbers of latents, only one of them conditioned on temperature, or
+            another diffusion than that of the score.
     """
 
     def __init__(
@@ -42,7 +43,12 @@ class EDG(nn.Module):
         super().__init__()
         if decoder.latent_dim != score.latent_dim:
             raise ValueError(f"the decoder has {decoder.latent_dim} latents, the score {score.latent_dim}")
-        self.decoder, self.score, self.diffusion = decoder, score, diffusion or VariancePreserving()
+        if getattr(score, "conditioned", decoder.conditioned) != decoder.conditioned:
+            raise ValueError("temperature is an input of only one of decoder and score: give both the same conditioned")
+        own = getattr(score, "diffusion", None) or diffusion or VariancePreserving()
+        if diffusion not in (None, own):
+            raise ValueError(f"the score was made for {own}, not for {diffusion}: leave the diffusion out")
+        self.decoder, self.score, self.diffusion = decoder, score, own
         self.settings = settings
 
     @property

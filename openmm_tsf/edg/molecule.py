@@ -49,7 +49,8 @@ IMAGES = 3
 class MolecularTarget:
     """U(x) = u(q)/kT - ln c - sum ln h - ln|det root| of vectors x (B, D); +inf off the chart.
 
-    ln c is the constraint factor of rigid bonds. Energies are evaluated for rows on the chart alone.
+    ln c is the constraint factor of rigid bonds. At another temperature tau only u is divided by it (`reduced`): the
+    rest are volumes. Energies are evaluated for rows on the chart alone.
 
     Args:
         internals: of the molecule.
@@ -145,7 +146,11 @@ class MolecularTarget:
         return log_window((x @ self.root.T.to(x))[:, soft]).sum(1)
 
     def __call__(self, x: Vectors) -> Scalars:
-        """U (B,) of x (B, D); in float32 or float64, as x is.
+        """U (B,) of x (B, D); in float32 or float64, as x is."""
+        return self.reduced(x, x.new_ones(len(x)))
+
+    def reduced(self, x: Vectors, tau: Scalars) -> Scalars:
+        """u(q)/(kT tau) - ln c - sum ln h - ln|det root| (B,) of x (B, D) at temperatures tau (B,) in units of T.
 
         Raises:
             ValueError: the number of columns is not D.
@@ -161,7 +166,9 @@ class MolecularTarget:
             inside = torch.isfinite(q).all(1)
         rows = torch.nonzero(inside)[:, 0]
         where, _ = self.internals(q[rows])
-        u = self.energy(where).to(q) / kT(self.temperature) - self.internals.log_constraint_factor(where)
+        u = self.energy(where).to(q) / kT(self.temperature) / tau.to(q)[rows] - self.internals.log_constraint_factor(
+            where
+        )
         if self.is_walled:
             u = torch.where(u > SOFTENED, SOFTENED + torch.log1p((u - SOFTENED).clamp_min(0.0)), u) + toll[rows]
         u = u - self.log_shares(x[rows]) - self.log_det

@@ -23,11 +23,27 @@ TIME_FEATURES = 5
 @runtime_checkable
 class Target(Protocol):
     """U(x), the reduced energy at temperature 1: minus the log of an unnormalised density of vectors, twice
-    differentiable. At another temperature tau it is U/tau."""
+    differentiable. At another temperature tau it is U/tau, or `reduced(x, tau)` (B,) of temperatures (B,) where a
+    target has this method, since not all of U is an energy: volumes of coordinates do not depend on temperature."""
 
     dim: int
 
     def __call__(self, x: Vectors) -> Scalars: ...
+
+
+def at_temperatures(target: Target, x: Vectors, tau: Scalars) -> Scalars:
+    """The reduced energy (B,) of vectors (B, d) at temperatures (B,); see `Target`.
+
+    Raises:
+        ValueError: the target gives something else than one number for each row.
+    """
+    own = getattr(target, "reduced", None)
+    u = target(x) if own is None else own(x, tau)
+    if not isinstance(u, Tensor):
+        raise ValueError(f"the target gave {type(u).__name__} for {len(x)} rows, not a tensor of as many energies")
+    if u.shape != x.shape[:1]:
+        raise ValueError(f"the target gave energies of shape {tuple(u.shape)} for {len(x)} rows")
+    return u / tau if own is None else u
 
 
 def check_dim(target: Target) -> None:
@@ -84,9 +100,10 @@ def leading(z: Latents, dim: int) -> Vectors:
 
 
 def slope(target: Target, x: Vectors, tau: Scalars | None) -> Vectors:
-    """Gradient of U/tau at x (B, d), itself differentiable where gradients are on."""
+    """Gradient of the reduced energy at x (B, d), itself differentiable where gradients are on."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         here = x if x.requires_grad and again else x.detach().requires_grad_()
-        (g,) = torch.autograd.grad(target(here).sum(), here, create_graph=again)
-    return g if tau is None else g / tau[:, None]
+        u = target(here) if tau is None else at_temperatures(target, here, tau)
+        (g,) = torch.autograd.grad(u.sum(), here, create_graph=again)
+    return g

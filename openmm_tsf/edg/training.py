@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from openmm_tsf.edg.bound import BoundSample, check_target, kl_bound
+from openmm_tsf.edg.bound import MOST_LOST, BoundSample, check_target, kl_bound
 from openmm_tsf.edg.generator import EDG
 from openmm_tsf.edg.networks import Target
 from openmm_tsf.edg.scores import EnergyScore, PlainScore
@@ -127,7 +127,7 @@ def train_edg(
             finite.
 
     Warns:
-        UserWarning: steps were left out.
+        UserWarning: steps were left out, or more than `MOST_LOST` of all draws had no finite energy.
     """
     check_target(edg, target)
     trainer = _Trainer(edg, target, settings or EDGTrainingSettings(), seed, temperatures, directory)
@@ -171,6 +171,13 @@ class _Trainer:
         if self.history.n_left_out:
             message = f"{self.history.n_left_out} of {settings.steps} steps were left out: their gradient is not finite"
             warnings.warn(message, stacklevel=3)
+        lost, drawn = self.history.n_nonfinite, settings.steps * settings.batch
+        if lost > MOST_LOST * drawn:
+            message = (
+                f"{lost} of {drawn} draws of training ({100 * lost / drawn:.2g} %) had an energy that is not finite "
+                "and taught nothing: the generator does not know these places; look for what is wrong with the energy"
+            )
+            warnings.warn(message, stacklevel=3)
         self.result.load_state_dict(self.average.state_dict())
         return self.history
 
@@ -203,9 +210,10 @@ class _Trainer:
         if self.walkers is None:
             self.walkers = Walkers(sample.x[: settings.walkers])
         walkers = self.walkers
-        energy = walkers.move(self.target, settings.trajectory, tau=self._heat(), **seeded)
+        heat = {"tau": self._heat()}
+        energy = walkers.move(self.target, settings.trajectory, **heat, **seeded)
         self.history.n_energy_evaluations += len(energy) * (settings.trajectory + 1)
-        loss, log_weights = learn_from(self.edg, walkers.x, energy, **seeded)
+        loss, log_weights = learn_from(self.edg, walkers.x, energy, **heat, **seeded)
         walkers.offer(sample.x, sample.log_weights, log_weights, **seeded)
         close = near(log_weights)
         row = {"forward": float(log_weights[close].mean()), "n_far": float((~close).sum()), "step_size": walkers.step}
@@ -313,6 +321,6 @@ def _checked_range(temperatures: Sequence[float], edg: EDG) -> tuple[float, floa
     values = [float(t) for t in temperatures]
     if len(values) not in (1, 2) or values != sorted(values) or not 0.0 < values[0] <= values[-1] < math.inf:
         raise ValueError(f"temperatures must be one, or the two ends of a range above 0, not {values}")
-    if values != [1.0] and not edg.conditioned:
+    if (values[0], values[-1]) != (1.0, 1.0) and not edg.conditioned:
         raise ValueError(f"a range of temperatures {values} needs a generator with conditioned=True")
     return values[0], values[-1]

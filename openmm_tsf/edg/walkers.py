@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from openmm_tsf.edg.generator import EDG
-from openmm_tsf.edg.networks import Latents, Target, log_normal
+from openmm_tsf.edg.networks import Latents, Target, at_temperatures, log_normal
 from openmm_tsf.edg.pair_score import PairScore
 from openmm_tsf.typing import Mask, Scalars, Vectors
 
@@ -56,8 +56,8 @@ class Walkers:
         self.step = FIRST_STEP * float(x.std(0).mean()) if step is None else step
 
     def move(self, target: Target, trajectory: int, *, tau: float = 1.0, generator: torch.Generator) -> Scalars:
-        """A trajectory of so many leapfrog steps each at temperature tau, and the test of Metropolis; U/tau (W,) of
-        where they are.
+        """A trajectory of so many leapfrog steps each at temperature tau, and the test of Metropolis; the reduced
+        energy (W,) of where they are.
 
         Step sizes are between half of `step` and one and a half, each walker's own.
         """
@@ -87,20 +87,23 @@ class Walkers:
         self.x = torch.cat((torch.where(taken[:, None], x[:n], self.x[:n]), self.x[n:]))
 
 
-def log_density(edg: EDG, x: Vectors, noise: Latents) -> Scalars:
-    """ln p_D(z) p_D(x|z)/p_E(z|x) (B,) of x (B, d), z ~ p_E from N(0, I) noise (B, d_z), which is differentiable; of
-    decoders of pairs its limit for narrow widths, and NaN where they have no z."""
+def log_density(edg: EDG, x: Vectors, noise: Latents, tau: float = 1.0) -> Scalars:
+    """ln p_D(z) p_D(x|z)/p_E(z|x) (B,) of x (B, d) at temperature tau, z ~ p_E from N(0, I) noise (B, d_z), which is
+    differentiable; of decoders of pairs its limit for narrow widths, and NaN where they have no z."""
     if isinstance(edg.score, PairScore):
         return edg.score.log_density(x)
-    given = edg.score.given(x)
+    taus = x.new_full((len(x),), tau)
+    given = edg.score.given(x, taus)
     z = given.latents(noise)
-    return log_normal(z) + edg.decoder.conditional(z).log_prob(x) - given.log_prob(z)
+    return log_normal(z) + edg.decoder.conditional(z, taus).log_prob(x) - given.log_prob(z)
 
 
-def learn_from(edg: EDG, x: Vectors, energy: Scalars, *, generator: torch.Generator) -> tuple[Tensor, Scalars]:
-    """What the opposite divergence is of walkers x (W, d) with energies U/tau (W,), as a scalar to lower, and ln w (W,)
-    of each; see `FAR`."""
-    density = log_density(edg, x, torch.randn(len(x), edg.latent_dim, generator=generator).to(x))
+def learn_from(
+    edg: EDG, x: Vectors, energy: Scalars, *, tau: float = 1.0, generator: torch.Generator
+) -> tuple[Tensor, Scalars]:
+    """What the opposite divergence is of walkers x (W, d) with reduced energies (W,) at temperature tau, as a scalar to
+    lower, and ln w (W,) of each; see `FAR`."""
+    density = log_density(edg, x, torch.randn(len(x), edg.latent_dim, generator=generator).to(x), tau)
     log_weights = -energy - density.detach()
     return -density[near(log_weights)].mean(), log_weights
 
@@ -113,7 +116,7 @@ def near(log_weights: Scalars) -> Mask:
 def _energy_and_slope(target: Target, x: Vectors, tau: float) -> tuple[Scalars, Vectors]:
     with torch.enable_grad():
         here = x.detach().requires_grad_()
-        energy = target(here) / tau
+        energy = at_temperatures(target, here, here.new_full((len(here),), tau))
         (slope,) = torch.autograd.grad(energy.sum(), here)
     return energy.detach().to(x), slope
 
