@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import traceback
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory of results")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--targets", nargs="+", help="by name, instead of groups")
+    parser.add_argument("--targets", nargs="+", choices=names(GROUPS), metavar="TARGET", help="instead of groups")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="by default all that apply")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--budget", type=float, default=1.0, help="times the budget of each target")
@@ -50,6 +51,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="of CPU, at most, for a rival to learn")
     parser.add_argument("--quick", action="store_true", help=f"budgets and draws divided by {QUICK}")
     options = parser.parse_args()
+    if not (options.budget > 0 and options.minutes > 0):
+        parser.error("--budget and --minutes must be above 0")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.targets or names(options.groups):
@@ -57,7 +60,7 @@ def main() -> None:
         for method in options.methods or DEFAULT + ALSO.get(chosen.group, []):
             for seed in options.seeds:
                 path = place(options.out, name, method, seed)
-                if not path.exists():
+                if not is_done(path, asked(chosen, options)):
                     result = run(chosen, method, seed, options)
                     write_text(path, json.dumps(result, indent=1, allow_nan=False))
                     print(line(result), flush=True)
@@ -74,13 +77,33 @@ def place(out: Path, target: str, method: str, seed: int) -> Path:
     return out / f"run_{plain}_{method}_{seed}.json"
 
 
+def asked(chosen: Case, options: argparse.Namespace) -> dict:
+    """What a result depends on beside target, method and seed."""
+    share = options.budget / (QUICK if options.quick else 1)
+    n = options.draws or (max(500, chosen.n // QUICK) if options.quick else chosen.n)
+    evaluations = max(1, round(chosen.evaluations * share))
+    return {"budget_evaluations": evaluations, "budget_seconds": 60.0 * options.minutes, "asked_draws": n}
+
+
+def is_done(path: Path, asked: dict) -> bool:
+    """Whether there is a result that did not fail; exits where it is one of another budget or number of draws."""
+    found = json.loads(path.read_text("utf-8")) if path.exists() else {"error": "none yet"}
+    if "error" in found:
+        return False
+    other = [
+        f"{key} was {found.get(key)} and is now {value}" for key, value in asked.items() if found.get(key) != value
+    ]
+    if other:
+        sys.exit(f"{path}: {'; '.join(other)}; take another --out, or delete it")
+    return True
+
+
 def run(chosen: Case, method: str, seed: int, options: argparse.Namespace) -> dict:
     """Run a method; one that breaks down is a result too."""
-    share = options.budget / (QUICK if options.quick else 1)
-    budget = Budget(max(1, round(chosen.evaluations * share)), 60.0 * options.minutes)
-    n = options.draws or (max(500, chosen.n // QUICK) if options.quick else chosen.n)
+    given = asked(chosen, options)
+    budget, n = Budget(given["budget_evaluations"], given["budget_seconds"]), given["asked_draws"]
     facts = {"target": chosen.name, "group": chosen.group, "method": method, "seed": seed, "versions": versions()}
-    facts |= {"budget_evaluations": budget.evaluations, "budget_seconds": budget.seconds}
+    facts |= given
     try:
         drawn = judged_by(METHODS[method](chosen, budget, n, seed), chosen)
         row = measured(chosen, drawn)

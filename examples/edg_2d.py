@@ -12,6 +12,7 @@ import torch
 
 from openmm_tsf import canvas
 from openmm_tsf.edg import EDGSettings, EDGTrainingSettings, build_edg, draw, train_edg
+from openmm_tsf.edg.draws import FEWEST
 from openmm_tsf.edg.mmd import mmd
 from openmm_tsf.edg.targets import DENSITIES_2D, density_2d, modes_found
 from openmm_tsf.edg_plots import PlanePanel, bound_figure, plane_figure
@@ -25,6 +26,8 @@ parser.add_argument("--draws", type=int, default=5000, help="that are weighed")
 parser.add_argument("--seed", type=int, default=1)
 parser.add_argument("--out", type=Path, default=Path("edg_2d"), help="directory of the figures")
 options = parser.parse_args()
+if options.steps < 1 or options.draws < FEWEST:
+    parser.error(f"need at least 1 step and {FEWEST} draws")
 
 panels, histories, log_z = [], {}, {}
 for name in options.targets:

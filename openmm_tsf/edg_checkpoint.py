@@ -64,7 +64,7 @@ def save_edg(edg: EDG, path: str | os.PathLike, *, target: Target, extra: Mappin
         N_POINTS, edg.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )  # fmt: skip
     tensors = {**_weights(edg), "points": points, "energies": _energies(target, points)}
-    facts = {"settings": asdict(settings), "dim": edg.dim, "extra": dict(extra or {})}
+    facts = {"settings": asdict(settings), "dim": edg.dim, "temperatures": edg.temperatures, "extra": dict(extra or {})}
     return write_checkpoint(path, tensors, facts, FORMAT)
 
 
@@ -82,7 +82,8 @@ def load_edg(path: str | os.PathLike, target: Target | None = None) -> EDG:
     """
     tensors, facts = read_checkpoint(path, FORMAT, "generator of vectors")
     try:
-        settings, dim = _settings(facts), int(facts["dim"])
+        settings, dim, known = _settings(facts), int(facts["dim"]), facts.get("temperatures")
+        temperatures = None if known is None else tuple(map(float, known))
         points, energies = tensors.pop("points").double(), tensors.pop("energies").double()
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds a generator that this version cannot read: {error}") from error
@@ -92,7 +93,9 @@ def load_edg(path: str | os.PathLike, target: Target | None = None) -> EDG:
         target = _Unknown(dim)
     else:
         _check_same(path, target, dim, points, energies)
-    return _built(path, target, settings, tensors)
+    edg = _built(path, target, settings, tensors)
+    edg.temperatures = temperatures
+    return edg
 
 
 def save_molecular_edg(

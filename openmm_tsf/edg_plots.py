@@ -25,6 +25,8 @@ CELLS = 240
 SHOWN = 2000
 """Most draws that are shown as points."""
 INK = "#1b1b1b"
+FEW = 10
+"""Points of a curve below which they are marked."""
 LINES = ("-", (0, (5, 2)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 LOOKS = {"estimate": (BLUE, "o"), "bound": (ORANGE, "v")}
 
@@ -57,7 +59,8 @@ def plane_figure(panels: Sequence[PlanePanel], *, note: str = "") -> Figure:
 
     columns = ["density", *panels[0].draws]
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(len(panels), len(columns), width=1.75, height=1.85)
+        height = 1.85 + 0.25 / len(panels)  # a line of titles on top
+        figure, axes = new_figure(len(panels), len(columns), width=1.75, height=height)
         for row, panel in enumerate(panels):
             here = axes[row * len(columns) : (row + 1) * len(columns)]
             _density(here[0], panel, 1.0)
@@ -109,12 +112,16 @@ def bound_figure(
             cold = [row for before, row in itertools.pairwise(rows) if before["heat"] == 1.0]
             steps, bound = ([row[key] for row in cold] for key in ("step", "bound"))
             style = {"color": colour, "linestyle": line, "linewidth": 1.4, "label": name}
+            if len(cold) < FEW:
+                style["marker"] = "o"
             axis.plot(steps, np.array(bound) + known.get(name, 0.0), **style)
         if set(known) >= set(histories):
             axis.axhline(0.0, color=INK, linewidth=0.7)
             axis.set_ylabel("bound of KL(model || target) [nat]")
         else:
             axis.set_ylabel("bound less ln Z [nat]")
+        if not any(line.get_xdata().size for line in axis.lines if line.get_label() in histories):
+            axis.text(0.5, 0.5, "too few steps to show", transform=axis.transAxes, color="#777777", ha="center")
         axis.set_xlabel("step, once the target is at its own temperature")
         axis.legend(ncols=2)
         footer(figure, note or " ")

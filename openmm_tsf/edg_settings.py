@@ -83,5 +83,5 @@ class MolecularEDGSettings:
         return EDGTrainingSettings(
             steps=self.steps, batch=self.batch, learning_rate=self.learning_rate, anneal_from=self.anneal_from,
             anneal_share=self.anneal_share, walkers=self.walkers, trajectory=self.trajectory,
-            checkpoint_every=self.checkpoint_every,
+            checkpoint_every=self.checkpoint_every, record_every=max(1, min(100, self.steps // 40)),
         )  # fmt: skip

@@ -290,7 +290,7 @@ def test_tune_and_sample_tuned(copied, tmp_path):
     assert "ESS 40 % instead of 50 %; for weighted draws leave out --tuned, or take --at 660" in result.stderr
     facts["checks"][1]["ess"] = 0.45  # within the errors
     (copied / "tuning_600K.json").write_text(json.dumps(facts))
-    assert "warning" not in invoke("sample", copied, "-T", 600, "-n", 50, "--tuned", "--out", out).stderr
+    assert "instead of" not in invoke("sample", copied, "-T", 600, "-n", 50, "--tuned", "--out", out).stderr
 
     facts["t_star"] = None
     (copied / "tuning_600K.json").write_text(json.dumps(facts))

@@ -61,6 +61,14 @@ def test_a_network_decoder_needs_no_target_and_dynamics_do(path):
         load_edg(path)
 
 
+@pytest.mark.parametrize("known", [None, (0.5, 2.0)])
+def test_the_range_of_the_training_comes_back(path, known):
+    edg = made()
+    edg.temperatures = known
+    save_edg(edg, path, target=Pair())
+    assert load_edg(path, Pair()).temperatures == known
+
+
 def test_another_target_is_noticed(path):
     save_edg(made(), path, target=Pair())
     with pytest.raises(ValueError, match=r"trained for another target: at 8 of 8 points energies differ, .* now"):

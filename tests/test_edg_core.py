@@ -706,6 +706,9 @@ def test_errors_that_say_what_is_wrong(monkeypatch):
         edg.at(-1.0)
     with pytest.raises(ValueError, match="chunk = 0"):
         draw(edg, nowhere, n=200, chunk=0, generator=seeded(1))
+    for bad in ({"rtol": -1.0}, {"atol": 0.0}):
+        with pytest.raises(ValueError, match="tolerances are above 0"):
+            draw(edg, nowhere, n=200, generator=seeded(1), **bad)
     nowhere.dim = None
     with pytest.raises(ValueError, match=r"has a whole number `dim`, .* it is None"):
         build_edg(nowhere, EDGSettings(hidden=8))

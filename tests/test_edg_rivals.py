@@ -456,8 +456,8 @@ def test_the_benchmark_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measures, "N_MMD", 300)
     monkeypatch.setattr(measures, "FLOOR_REPEATS", 4)
 
-    def run():
-        options = ["--methods", "hmc", "bg", "--seeds", "1", "--budget", "0.1", "--draws", "200"]
+    def run(*more):
+        options = ["--methods", "hmc", "bg", "--seeds", "1", "--budget", "0.1", "--draws", "200", *more]
         given = ["edg.py", "--out", str(tmp_path), "--targets", "MoG2", "--quick", *options]
         monkeypatch.setattr(sys, "argv", given)
         edg.main()
@@ -469,6 +469,16 @@ def test_the_benchmark_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert record["budget_evaluations"] == 4000 <= record["evaluations_training"] < 4256
     assert (tmp_path / "run_MoG2_bg_1.npz").exists() and (tmp_path / "table.md").read_text() in first
     assert "seed 1" not in run()
+    with pytest.raises(
+        SystemExit, match=r"run_MoG2_hmc_1\.json: asked_draws was 200 and is now 250; take another --out"
+    ):
+        run("--draws", "250")
+    with pytest.raises(SystemExit):
+        run("--budget", "0")
+    assert "above 0" in capsys.readouterr().err
+    record["error"] = "RuntimeError: no"
+    (tmp_path / "run_MoG2_bg_1.json").write_text(json.dumps(record))
+    assert run().count("seed 1") == 1  # what failed is tried again
 
 
 @pytest.mark.parametrize("name", cases.names(["2d", "wells", "lj", "ising"]))

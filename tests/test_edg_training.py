@@ -266,7 +266,14 @@ def test_arguments_that_make_no_sense():
             train_edg(edg, Correlated(), QUICK, seed=1, temperatures=bad)
     with pytest.raises(ValueError, match="conditioned=True"):
         train_edg(edg, Correlated(), QUICK, seed=1, temperatures=(0.5, 2.0))
-    for bad in ({"steps": 0}, {"learning_rate": 0.0}, {"anneal_from": -1.0}, {"weight_average": 1.0}):
+    bad_ones = (
+        {"steps": 0},
+        {"learning_rate": 0.0},
+        {"anneal_from": -1.0},
+        {"anneal_from": 2.0},
+        {"soften_above": -5.0},
+    )
+    for bad in (*bad_ones, {"weight_average": 1.0}, {"soften_above": math.nan}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             EDGTrainingSettings(**bad)
 
@@ -346,3 +353,17 @@ def test_a_range_with_equal_ends_is_one_temperature():
         ValueError, match=r"a range of temperatures \[2.0, 2.0\] needs a generator with conditioned=True"
     ):
         train_edg(edg, Correlated(), seed=1, temperatures=(2.0, 2.0))
+
+
+def test_a_generator_knows_the_range_of_its_training():
+    target, brief = Correlated(), EDGTrainingSettings(steps=2, batch=8)
+    edg = build_edg(target, EDGSettings(**SMALL, conditioned=True), seed=1)
+    assert edg.temperatures is None and edg.at(50.0).tau == 50.0
+    train_edg(edg, target, brief, seed=1, temperatures=(0.5, 2.0))
+    assert [edg.at(tau).tau for tau in (0.5, 1.0, 2.0)] == [0.5, 1.0, 2.0]
+    for tau in (0.4, 2.1):
+        with pytest.raises(ValueError, match=f"trained from tau = 0.5 to 2, and knows nothing of {tau}"):
+            draw(edg, target, tau, 200, generator=seeded(1))
+    train_edg(edg, target, brief, seed=1)
+    with pytest.raises(ValueError, match="from tau = 1 to 1"):
+        edg.at(2.0)

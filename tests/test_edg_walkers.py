@@ -295,6 +295,27 @@ def test_walkers_cool_down_with_the_target(monkeypatch):
     assert learned_at == heats
 
 
+def test_there_are_as_many_walkers_as_asked_for_whatever_is_lost(monkeypatch):
+    there, move = [], Walkers.move
+
+    def moved(self, *arguments, **options):
+        there.append(len(self.x))
+        return move(self, *arguments, **options)
+
+    monkeypatch.setattr(Walkers, "move", moved)
+
+    class Half(Correlated):
+        def __call__(self, x):
+            return torch.where(x[:, 0] > 0.0, torch.nan, super().__call__(x))
+
+    edg = build_edg(Half(), EDGSettings(hidden=12, depth=1, width=0.8), seed=1)
+    settings = EDGTrainingSettings(steps=3, batch=64, walkers=64, trajectory=4)
+    with pytest.warns(UserWarning, match="not finite and taught nothing"):
+        history = train_edg(edg, Half(), settings, seed=3)
+    assert 10 < history.n_nonfinite < 150
+    assert there == [64, 64, 64]
+
+
 def test_what_is_learned_of_walkers_makes_them_likely(monkeypatch):
     """With the gradient of the draws' bound left out."""
 

@@ -123,8 +123,8 @@ def draw(
         chunk: draws in a batch of the solver, with a step size of its own.
 
     Raises:
-        ValueError: too few draws for weights to mean anything, a target of another dimension, energies of -inf, or no
-            steps.
+        ValueError: too few draws for weights to mean anything, a target of another dimension, energies of -inf, no
+            steps, or no tolerances.
         RuntimeError: the solver does not converge, or no draw has a finite energy.
 
     Warns:
@@ -135,6 +135,8 @@ def draw(
         raise ValueError(f"the weights of {n} draws say nothing of the effective sample size; draw at least {FEWEST}")
     if companions < 0:
         raise ValueError(f"the number of companions cannot be negative, got {companions}")
+    if not (0.0 < rtol < math.inf and 0.0 < atol < math.inf):
+        raise ValueError(f"tolerances are above 0, not rtol = {rtol:g}, atol = {atol:g}")
     if chunk < 1:
         raise ValueError(f"a batch has at least one draw, not chunk = {chunk}")
     check_target(edg, target)

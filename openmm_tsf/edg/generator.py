@@ -20,6 +20,8 @@ from openmm_tsf.typing import Vectors
 
 DecoderKind = Literal["gaussian", "hamiltonian", "pairs"]
 ScoreKind = Literal["gaussian", "plain", "energy", "variational", "pairs"]
+ROUNDING = 1e-6
+"""By how much, relatively, a temperature may be out of the range of training."""
 
 
 class EDG(nn.Module):
@@ -30,6 +32,9 @@ class EDG(nn.Module):
         score: of the encoder.
         diffusion: of the encoder; by default the one that the score has.
         settings: what `build_edg` made it of, for files.
+
+    Attributes:
+        temperatures: lowest and highest tau of its training, where temperature is an input; None before any.
 
     Raises:
         ValueError: decoder and score of different numbers of latents, only one of them conditioned on temperature, or
@@ -50,6 +55,7 @@ class EDG(nn.Module):
             raise ValueError(f"the score was made for {own}, not for {diffusion}: leave the diffusion out")
         self.decoder, self.score, self.diffusion = decoder, score, own
         self.settings = settings
+        self.temperatures: tuple[float, float] | None = None
 
     @property
     def dim(self) -> int:
@@ -81,7 +87,8 @@ class EDG(nn.Module):
         exact: weights set it right.
 
         Raises:
-            ValueError: not finite and above 0, or not 1 for a generator without temperature as an input.
+            ValueError: not finite and above 0, not 1 for a generator without temperature as an input, or out of the
+                range of its training.
         """
         if not (math.isfinite(tau) and tau > 0.0):
             raise ValueError(f"the temperature must be finite and above 0, not {tau:g}")
@@ -89,6 +96,12 @@ class EDG(nn.Module):
             raise ValueError(
                 f"this generator knows one temperature, tau = 1, not {tau:g}; build it with conditioned=True, and "
                 "train it over a range"
+            )
+        low, high = self.temperatures or (tau, tau)
+        if not low * (1.0 - ROUNDING) <= tau <= high * (1.0 + ROUNDING):
+            raise ValueError(
+                f"this generator was trained from tau = {low:g} to {high:g}, and knows nothing of {tau:g}; train it "
+                "over a range that has it"
             )
         return SampledEDG(self, float(tau))
 

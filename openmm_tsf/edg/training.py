@@ -70,6 +70,10 @@ class EDGTrainingSettings:
         for name in ("learning_rate", "clip", "anneal_from"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"training setting {name} must be above 0, not {getattr(self, name):g}")
+        if self.anneal_from > 1.0:
+            raise ValueError(f"training setting anneal_from must be at most 1, not {self.anneal_from:g}: it begins hot")
+        if self.soften_above is not None and not self.soften_above > 0:
+            raise ValueError(f"training setting soften_above must be above 0, or None, not {self.soften_above:g}")
         for name in ("anneal_share", "weight_average"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"training setting {name} must be in [0, 1), not {getattr(self, name):g}")
@@ -179,6 +183,7 @@ class _Trainer:
             )
             warnings.warn(message, stacklevel=3)
         self.result.load_state_dict(self.average.state_dict())
+        self.result.temperatures = self.range if self.result.conditioned else None
         return self.history
 
     def _step(self) -> tuple[BoundSample, dict[str, float]]:
@@ -208,7 +213,8 @@ class _Trainer:
         """The loss of draws and walkers, each counting as much, and what there is to record."""
         settings, seeded = self.settings, {"generator": self.generator}
         if self.walkers is None:
-            self.walkers = Walkers(sample.x[: settings.walkers])
+            # again from the first, where a step has fewer finite draws
+            self.walkers = Walkers(sample.x[torch.arange(settings.walkers) % len(sample.x)])
         walkers = self.walkers
         heat = {"tau": self._heat()}
         energy = walkers.move(self.target, settings.trajectory, **heat, **seeded)
