@@ -12,10 +12,10 @@ import torch
 
 from openmm_tsf import canvas
 from openmm_tsf.edg import EDGSettings, EDGTrainingSettings, build_edg, draw, train_edg
-from openmm_tsf.edg.draws import FEWEST
 from openmm_tsf.edg.mmd import mmd
 from openmm_tsf.edg.targets import DENSITIES_2D, density_2d, modes_found
 from openmm_tsf.edg_plots import PlanePanel, bound_figure, plane_figure
+from openmm_tsf.weights import FEWEST
 
 torch.set_num_threads(1)  # for tensors this small, more of them wait for each other
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -44,7 +44,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
             with _plain_warnings(debug):
                 command(*args, debug=debug, **kwargs)
         except KeyboardInterrupt:
-            say("interrupted; nothing is lost, the same command goes on from here")
+            say("interrupted; what is on disk stays, and the same command goes on from there")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             # The reader of stdout is gone (as in `| head`); flushing at exit must not complain about it again.

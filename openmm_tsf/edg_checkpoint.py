@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .checkpoint import (
@@ -28,6 +27,8 @@ from .edg.bound import check_target
 from .edg.curvature import WithCurvature
 from .edg.molecular import MolecularEDG
 from .edg.molecule import MolecularTarget
+from .edg.networks import check_dim
+from .edg.recognition import Known
 from .energy import BatchedEnergy, OpenMMEnergy
 from .energy.unsupported import UnsupportedForce
 from .internals import FlatInternals
@@ -36,10 +37,6 @@ from .typing import Energy, Scalars, Vectors
 
 FORMAT = "openmm_tsf edg 2"
 MOLECULAR_FORMAT = "openmm_tsf molecular edg 2"
-N_POINTS = 8
-"""Points at which a file knows the energy of its target."""
-TOLERANCE = 1e-4
-"""Relative difference of these energies up to which a target is the same, computed elsewhere."""
 
 
 def save_edg(edg: EDG, path: str | os.PathLike, *, target: Target, extra: Mapping[str, Any] | None = None) -> str:
@@ -55,15 +52,18 @@ def save_edg(edg: EDG, path: str | os.PathLike, *, target: Target, extra: Mappin
         The content hash (SHA-256 of tensors and metadata).
 
     Raises:
-        ValueError: a generator put together by hand, or a target of another dimension.
+        ValueError: a generator put together by hand, or a target of another dimension, or one that is finite nowhere.
         OSError: the folder cannot be written or is full.
     """
     settings = _settings_of(edg)
     check_target(edg, target)
-    points = 0.5 * settings.spread * torch.randn(
-        N_POINTS, edg.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )  # fmt: skip
-    tensors = {**_weights(edg), "points": points, "energies": _energies(target, points)}
+    known = Known.of(target, edg)
+    if not known.tells:
+        raise ValueError(
+            f"the target is finite at none of {len(known.points)} draws of the generator, so no file could tell it "
+            "from others: was the generator trained for it?"
+        )
+    tensors = {**_weights(edg), "points": known.points, "energies": known.energies}
     facts = {"settings": asdict(settings), "dim": edg.dim, "temperatures": edg.temperatures, "extra": dict(extra or {})}
     return write_checkpoint(path, tensors, facts, FORMAT)
 
@@ -84,7 +84,7 @@ def load_edg(path: str | os.PathLike, target: Target | None = None) -> EDG:
     try:
         settings, dim, known = _settings(facts), int(facts["dim"]), facts.get("temperatures")
         temperatures = None if known is None else tuple(map(float, known))
-        points, energies = tensors.pop("points").double(), tensors.pop("energies").double()
+        target_then = Known(tensors.pop("points").double(), tensors.pop("energies").double())
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} holds a generator that this version cannot read: {error}") from error
     if target is None:
@@ -92,7 +92,7 @@ def load_edg(path: str | os.PathLike, target: Target | None = None) -> EDG:
             raise ValueError(f"{path} has a decoder ({settings.decoder}) that is made for its target: give it")
         target = _Unknown(dim)
     else:
-        _check_same(path, target, dim, points, energies)
+        _check_same(path, target, dim, target_then)
     edg = _built(path, target, settings, tensors)
     edg.temperatures = temperatures
     return edg
@@ -209,23 +209,10 @@ def _built(path: str | os.PathLike, target: Target, settings: EDGSettings, tenso
     return edg
 
 
-def _energies(target: Target, points: Vectors) -> Scalars:
-    with torch.no_grad():
-        return target(points).double()
-
-
-def _check_same(path: str | os.PathLike, target: Target, dim: int, points: Vectors, energies: Scalars) -> None:
+def _check_same(path: str | os.PathLike, target: Target, dim: int, then: Known) -> None:
     """Raises ValueError for a target that is not that of the file."""
+    check_dim(target)
     if target.dim != dim:
         raise ValueError(f"the target has {target.dim} dimensions, the generator in {path} {dim}")
-    found = _energies(target, points)
-    both = torch.isfinite(found) & torch.isfinite(energies)
-    apart = torch.where(both, (found - energies).abs() / (1.0 + energies.abs()), 0.0)
-    apart = torch.where(torch.isfinite(found) == torch.isfinite(energies), apart, torch.inf)
-    if (apart > TOLERANCE).any():
-        row = int(apart.argmax())
-        raise ValueError(
-            f"the generator in {path} was trained for another target: at {int((apart > TOLERANCE).sum())} of "
-            f"{len(points)} points energies differ, {float(energies[row]):.6g} then and {float(found[row]):.6g} now "
-            f"at number {row}"
-        )
+    if (difference := then.difference(target)) is not None:
+        raise ValueError(f"the generator in {path} was trained for another target: {difference}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .edg import EDGSettings, EDGTrainingSettings
-from .edg.decoders import positive
+from .edg.checks import positive
 
 
 @dataclass(frozen=True)

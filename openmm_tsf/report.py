@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .canvas import png
 from .files import write_text
 from .report_page import CAPTIONS, GENERATOR_CAPTIONS, PAGE
+from .weights import FEWEST_EFFECTIVE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -233,7 +234,8 @@ def warning_sentences(metrics: Metrics) -> list[str]:
     for which in ("target",) if same else ("target", "train"):
         temperature, ess = metrics[f"temperature_{which}_kelvin"], metrics[f"ess_{which}"]
         if ess < LOW_ESS:
-            verdict = "out of reach" if ess < 0.01 else "at the edge of reach"
+            few = ess * metrics.get(f"n_draws_{which}", math.inf) < FEWEST_EFFECTIVE
+            verdict = "out of reach" if ess < 0.01 or few else "at the edge of reach"
             at_home = temperature == metrics["temperature_train_kelvin"]
             nearer = "" if at_home else ", or ask for a temperature nearer to that of training"
             found.append(

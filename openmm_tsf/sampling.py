@@ -28,6 +28,7 @@ from .settings import EXPLORE
 from .stages import MODEL_FILE, ensemble_name, save_frames
 from .systems import Molecule
 from .tune_stage import tuned_temperature
+from .weights import FEWEST
 
 FRAME_FORMATS = (".dcd", ".xtc", ".trr", ".nc", ".pdb", ".gro", ".xyz")
 """Endings that get equally likely frames; only .npz gets the draws with their weights."""
@@ -146,9 +147,10 @@ def steering(settings: FlowSettings) -> str:
 def figures(ensemble: Ensemble, molecule: Molecule) -> dict[str, str]:
     """What says how far to trust an ensemble, ready to print: names and values with units."""
     mean, error = ensemble.mean(ensemble.energy)
+    few = "" if len(ensemble) + ensemble.n_rejected >= FEWEST else "; too few draws to tell"
     rows = {
         "draws": f"{len(ensemble)}, and {ensemble.n_rejected} rejected on the way (counted as zero weights)",
-        "effective sample size": f"{100 * ensemble.ess:.3g} % (Kish, unclipped)",
+        "effective sample size": f"{100 * ensemble.ess:.3g} % (Kish, unclipped{few})",
         "largest weight": f"{100 * ensemble.largest_weight_share:.3g} % of all",
         "mean energy": f"{float(mean):.2f} ± {float(error):.2f} kJ/mol",
     }

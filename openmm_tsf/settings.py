@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .architecture import cannot_explore
-from .edg.draws import FEWEST
 from .edg_settings import MolecularEDGSettings
 from .flow import FlowSettings
 from .training import TrainingSettings
+from .weights import FEWEST
 
 MODELS = ("ff96-obc1", "ff99sbildn-obc2", "vacuum")
 TIMESTEP_FS = {False: 1.0, True: 2.0}

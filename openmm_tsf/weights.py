@@ -15,6 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+FEWEST = 100
+"""Draws below which an effective sample size means nothing: the large weights are still to come."""
+FEWEST_EFFECTIVE = 20
+"""Effective draws below which the same is said of estimates."""
 LogWeights = Tensor
 """(n,) [nat]; every function checks it."""
 
@@ -72,8 +76,11 @@ def log_mean_exp(log_weights: LogWeights, n_rejected: int = 0) -> float:
 
 
 def log_mean_exp_error(ess: float, n: int) -> float:
-    """Standard error of the ln of the mean weight [nat], by the ESS as a share of n draws: sqrt((1/ESS - 1)/n)."""
-    return math.sqrt((1.0 / ess - 1.0) / n) if ess > 0 else math.inf
+    """Standard error of the ln of the mean weight [nat], by the ESS as a share of n draws: sqrt((1/ESS - 1)/n).
+
+    Infinite for one draw, which knows of no scatter, and where all weights are zero.
+    """
+    return math.sqrt((1.0 / ess - 1.0) / n) if ess > 0 and n > 1 else math.inf
 
 
 def normalised_weights(log_weights: LogWeights) -> Float[Tensor, " draws"]:
@@ -161,6 +168,8 @@ def bootstrap_mean(
 ) -> Estimate:
     """Weighted average of `values` (n, ...) and its bootstrap standard error, in the unit of the values.
 
+    The error is infinite for one draw, which knows of no scatter.
+
     Raises:
         ValueError: as many values as draws are needed.
     """
@@ -174,4 +183,5 @@ def bootstrap_mean(
         n_replicates=n_replicates,
         generator=generator,
     )
-    return Estimate(weighted_mean(weights, values), replicates.std(0))
+    error = replicates.std(0)
+    return Estimate(weighted_mean(weights, values), error if len(values) > 1 else torch.full_like(error, torch.inf))

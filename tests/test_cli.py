@@ -146,6 +146,14 @@ def test_sample_at_any_temperature(copied, tmp_path):
     for words in ("550 K", "effective sample size", "largest weight", "alpha_L share", "reweighted", "raw", " s ("):
         assert words in result.stdout
     assert f"{100 * ensemble.ess:.3g} %" in result.stdout
+    assert "too few draws" not in result.stdout
+
+
+def test_a_single_draw_promises_nothing(copied, tmp_path):
+    result = invoke("sample", copied, "-T", 600, "-n", 1, "--out", tmp_path / "one.npz")
+    assert result.exit_code == 0, result.output
+    assert "too few draws to tell" in result.stdout and "± inf kJ/mol" in result.stdout
+    assert "± 0" not in result.stdout
 
 
 @pytest.fixture

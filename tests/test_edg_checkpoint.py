@@ -91,6 +91,19 @@ def test_another_target_is_noticed(path):
     with pytest.raises(ValueError, match="the target has 3 dimensions, the generator 2"):
         save_edg(made(), path, target=Solid())
 
+    class Sizeless(Pair):
+        dim = None
+
+    with pytest.raises(ValueError, match=r"has a whole number `dim`"):
+        load_edg(path, Sizeless())
+
+    class Nowhere(Pair):
+        def __call__(self, x):
+            return super().__call__(x) + torch.inf
+
+    with pytest.raises(ValueError, match="finite at none of 8 draws of the generator"):
+        save_edg(made(), path, target=Nowhere())
+
 
 def test_a_generator_put_together_by_hand_is_refused(path):
     edg = made()
@@ -122,9 +135,9 @@ def test_wrong_files_are_named(path, tmp_path):
 
 def test_numbers_that_are_not_finite_are_refused(path):
     edg = made()
-    edg.decoder.net[0].weight.data[0, 0] = torch.nan
+    edg.score.encoder[0].weight.data[0, 0] = torch.nan
     save_edg(edg, path, target=Pair())
-    with pytest.raises(CheckpointError, match=r"1 of its tensors are not finite \(edg\.decoder"):
+    with pytest.raises(CheckpointError, match=r"1 of its tensors are not finite \(edg\.score"):
         load_edg(path)
 
 

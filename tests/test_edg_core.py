@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,7 +26,10 @@ from openmm_tsf.edg import (
     train_edg,
 )  # fmt: skip
 from openmm_tsf.edg.bound import base_integral, integrand
+from openmm_tsf.edg.checks import whole
 from openmm_tsf.edg.decoders import GaussianDecoder, tamed
+from openmm_tsf.edg.encoder_chain import chain_paths
+from openmm_tsf.edg.encoder_ode import check_pairs, encoder_paths
 from openmm_tsf.edg.networks import leading, log_normal, slope, with_harmonics
 from openmm_tsf.edg.proposal import EDGProposal
 from openmm_tsf.edg.scores import GaussianScore, Given, Parts
@@ -84,7 +88,7 @@ class LinearDecoder(nn.Module):
 class ExactScore(nn.Module):
     """-(z - a m)/(a^2 v + sigma^2): of a Gaussian posterior N(m, v), m = gain x/(gain^2 + sig^2), all in one part."""
 
-    latent_dim = 1
+    latent_dim, dim = 1, 1
 
     def __init__(self, gain, sig, *, as_correction):
         super().__init__()
@@ -704,7 +708,7 @@ def test_errors_that_say_what_is_wrong(monkeypatch):
         edg.at(0.5)
     with pytest.raises(ValueError, match="above 0"):
         edg.at(-1.0)
-    with pytest.raises(ValueError, match="chunk = 0"):
+    with pytest.raises(ValueError, match=r"chunk, .* at least 1, not 0"):
         draw(edg, nowhere, n=200, chunk=0, generator=seeded(1))
     for bad in ({"rtol": -1.0}, {"atol": 0.0}):
         with pytest.raises(ValueError, match="tolerances are above 0"):
@@ -713,8 +717,43 @@ def test_errors_that_say_what_is_wrong(monkeypatch):
     with pytest.raises(ValueError, match=r"has a whole number `dim`, .* it is None"):
         build_edg(nowhere, EDGSettings(hidden=8))
     for bad in ({"hidden": 0}, {"leaps": 0}, {"harmonics": -1}, {"latent_dim": 0}, {"stages": -1}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
+        name, value = next(iter(bad.items()))
+        with pytest.raises(ValueError, match=f"{name} must be a whole number of at least ., not {value}"):
             EDGSettings(**bad)
+
+
+def test_numbers_of_draws_and_temperatures_that_make_no_sense():
+    target, edg = Quartic(), build_edg(Quartic(), EDGSettings(hidden=8), seed=0)
+    for bad in (150.5, -1, True, "9"):
+        with pytest.raises(ValueError, match=f"the number of draws must be a whole number of at least 0, not {bad!r}"):
+            whole("the number of draws", bad, 0)
+    assert whole("the number of draws", np.int64(3)) == 3
+    with pytest.raises(ValueError, match="the number of draws must be a whole number of at least 0, not -1"):
+        draw(edg, target, n=-1, generator=seeded(1))
+    with pytest.raises(ValueError, match="companions must be a whole number of at least 0, not -1"):
+        draw(edg, target, n=200, companions=-1, generator=seeded(1))
+    for n in (0, 1):
+        with pytest.raises(ValueError, match=f"draws must be a whole number of at least 2, not {n}"):
+            kl_bound(edg, target, n, generator=seeded(1))
+    with pytest.raises(ValueError, match="times must be a whole number of at least 1, not 0"):
+        kl_bound(edg, target, 10, times=0, generator=seeded(1))
+    for tau in (-1.0, 0.0, math.nan, torch.linspace(0.0, 1.0, 10)):
+        with pytest.raises(ValueError, match="temperatures must be finite and above 0"):
+            kl_bound(edg, target, 10, tau=tau, generator=seeded(1))
+
+
+def test_latents_and_x_that_do_not_go_together():
+    edg = build_edg(Quartic(), EDGSettings(hidden=8), seed=0).float()
+    z, x = torch.zeros(7, 2, dtype=torch.float32), torch.zeros(7, 2, dtype=torch.float32)
+    check_pairs(edg, z, x)
+    for other in (z[:6], torch.zeros(7, 3, dtype=torch.float32), z[0]):
+        with pytest.raises(ValueError, match="need as many latents of size 2 as x of size 2, not arrays of shape"):
+            check_pairs(edg, other, x)
+    with pytest.raises(ValueError, match=r"in torch.float32; latents are in torch.float64 and x in torch.fl"):
+        check_pairs(edg, z.double(), x)
+    for paths in (encoder_paths, partial(chain_paths, steps=5, generator=seeded(1))):
+        with pytest.raises(ValueError, match="need as many latents of size 2"):
+            paths(edg, torch.zeros(7, 3, dtype=torch.float32), x)
 
 
 def test_an_equation_that_does_not_converge():
@@ -737,7 +776,7 @@ def test_slopes_differentiate_again():
         assert not slope(Quartic(), x, None).requires_grad
 
 
-def test_decoder_and_score_are_of_one_diffusion_and_temperature():
+def test_decoder_and_score_are_of_one_diffusion_temperature_and_size():
     size, mild = {"hidden": 8, "depth": 1}, VariancePreserving(beta_max=5.0)
     decoder, score = GaussianDecoder(2, 2, **size), GaussianScore(2, 2, mild, **size)
     assert EDG(decoder, score).diffusion == mild
@@ -745,3 +784,5 @@ def test_decoder_and_score_are_of_one_diffusion_and_temperature():
         EDG(decoder, score, VariancePreserving())
     with pytest.raises(ValueError, match="input of only one of decoder and score"):
         EDG(decoder, GaussianScore(2, 2, mild, conditioned=True, **size))
+    with pytest.raises(ValueError, match="x has 2 components in the decoder, 3 in the score"):
+        EDG(decoder, GaussianScore(2, 3, mild, **size))

@@ -286,5 +286,7 @@ def test_settings_that_a_lattice_does_not_have(bad):
 def test_lattices_and_chains_of_the_wrong_size():
     with pytest.raises(ValueError, match=r"5 x 3 sites.*12 components"):
         build_edg(Flat(), EDGSettings(lattice=(5, 3)))
-    with pytest.raises(ValueError, match="at least one step, not 0"):
+    with pytest.raises(ValueError, match="columns of a lattice must be a whole number of at least 1, not 0"):
+        EDGSettings(lattice=(2, 0))
+    with pytest.raises(ValueError, match=r"steps .* at least 1, not 0"):
         draw(generator_of(), Flat(), n=100, steps=0, generator=seeded(1))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -93,10 +94,22 @@ def test_one_generator_for_a_range_of_temperatures():
 def test_a_wrong_scale_is_made_good():
     """Draws start a hundred times too wide, where every energy is in the thousands."""
     target, edg = TwoWells(), build_edg(TwoWells(), EDGSettings(spread=100.0, **SMALL), seed=1)
-    settings = EDGTrainingSettings(steps=300, batch=64, soften_above=50.0)
+    settings = EDGTrainingSettings(steps=300, batch=64, soften_above=50.0, record_every=20)
     before = kl_bound(edg, target, 1000, generator=seeded(5)).value
-    train_edg(edg, target, settings, seed=1)
+    with pytest.warns(UserWarning, match=r"^spread = 100 is far from the width of the draws while .* spread = \d+ and"):
+        train_edg(edg, target, settings, seed=1)
     assert kl_bound(edg, target, 1000, generator=seeded(5)).value < 0.01 * before
+
+
+def test_a_spread_that_may_cost_modes_is_noticed():
+    """At 0.3 the warning names a spread that trains without one: the trainings of other tests have none either."""
+    target, settings = TwoWells(), EDGTrainingSettings(steps=300, batch=64, record_every=20)
+    with pytest.warns(UserWarning, match="modes may have been lost") as caught:
+        history = train_edg(build_edg(target, EDGSettings(spread=0.3, **SMALL), seed=1), target, settings, seed=1)
+    assert 0.2 < history.rows[0]["width"] < 1.0 < history.rows[2]["width"]
+    better = float(re.search(r"with spread = (\S+) ", str(caught[0].message)).group(1))
+    assert 1.0 < better < 8.0
+    train_edg(build_edg(target, EDGSettings(spread=better, **SMALL), seed=1), target, settings, seed=1)
 
 
 def test_training_goes_on_where_it_stopped(tmp_path):
@@ -118,7 +131,7 @@ def test_training_goes_on_where_it_stopped(tmp_path):
     )
     assert steps == list(range(41, 61))
     assert history.rows == expected.rows
-    assert history.n_energy_evaluations == 60 * 32
+    assert history.n_energy_evaluations == 60 * 32 + 8  # by which checkpoints know the target
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
     assert json.loads((tmp_path / "history.json").read_text())["rows"] == expected.rows
     with pytest.raises(ValueError, match="other settings"):
@@ -126,6 +139,9 @@ def test_training_goes_on_where_it_stopped(tmp_path):
     for other, seed in ((SMALL, 2), (SMALL | {"spread": 2.5}, 1)):
         with pytest.raises(ValueError, match="other settings"):
             train_edg(build_edg(target, EDGSettings(**other), seed=seed), target, settings, seed=3, directory=tmp_path)
+    again = build_edg(target, EDGSettings(**SMALL), seed=1)
+    with pytest.raises(ValueError, match=r"belongs to a run with another target: at 8 of 8 points energies differ"):
+        train_edg(again, Correlated(), settings, seed=3, directory=tmp_path)
     (tmp_path / "edg_training.pt").write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match="not a training checkpoint"):
         train_edg(again, target, settings, seed=3, directory=tmp_path)
@@ -268,6 +284,7 @@ def test_arguments_that_make_no_sense():
         train_edg(edg, Correlated(), QUICK, seed=1, temperatures=(0.5, 2.0))
     bad_ones = (
         {"steps": 0},
+        {"batch": 1},
         {"learning_rate": 0.0},
         {"anneal_from": -1.0},
         {"anneal_from": 2.0},

@@ -338,7 +338,7 @@ def test_settings_that_do_not_fit():
         EDGTrainingSettings(batch=32, walkers=33)
     with pytest.raises(ValueError, match="2 to batch = 32, not 1"):  # how far one is apart from others is NaN
         EDGTrainingSettings(batch=32, walkers=1)
-    with pytest.raises(ValueError, match="trajectory must be at least 1"):
+    with pytest.raises(ValueError, match="trajectory must be a whole number of at least 1"):
         EDGTrainingSettings(trajectory=0)
     hot = build_edg(Correlated(), EDGSettings(conditioned=True, hidden=8, depth=1), seed=1)
     with pytest.raises(ValueError, match=r"one temperature, tau = 1, not \[1.0, 2.0\]"):

@@ -111,6 +111,7 @@ def test_text_from_outside_is_escaped():
     [
         ({"ess_target": 0.004}, "300 K is out of reach of this flow: the effective sample size is 0.4"),
         ({"ess_train": 0.05}, "600 K is at the edge of reach"),
+        ({"ess_train": 0.05, "n_draws_train": 300}, "600 K is out of reach of this flow"),
         ({"largest_weight_share_target": 0.3}, "One single draw carries 30"),
         ({"alpha_left_target_deviation": -4.2}, "lies 4.2 standard errors from the reference"),
         ({"alpha_left_target_error": 0.0005}, "known to 19.2"),

@@ -76,6 +76,14 @@ def test_nan_and_infinite_weights_are_refused(function, bad):
         function(torch.tensor([0.0, bad, 0.0]))
 
 
+def test_one_draw_has_no_error():
+    assert weights.log_mean_exp_error(1.0, 1) == INF == weights.log_mean_exp_error(0.0, 100)
+    assert weights.log_mean_exp_error(1.0, 2) == 0.0
+    assert weights.log_mean_exp_error(0.2, 400) == pytest.approx(0.1)
+    assert weights.bootstrap_mean(torch.zeros(1), torch.ones(1, 3)).error.tolist() == [INF] * 3
+    assert weights.bootstrap_mean(torch.zeros(1), torch.ones(1), n_rejected=3).error == INF
+
+
 def test_malformed_input_is_refused():
     with pytest.raises(ValueError, match="vector"):
         weights.effective_sample_size(torch.zeros(2, 2))

@@ -47,6 +47,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from openmm_tsf.edg.checks import whole
 from openmm_tsf.edg.generator import EDG
 from openmm_tsf.edg.networks import Latents, Target, at_temperatures, check_dim, log_normal
 from openmm_tsf.edg.pairs import PairDecoder
@@ -108,12 +109,17 @@ def kl_bound(
         generator: of everything.
 
     Raises:
-        ValueError: a target of another dimension, or an energy not of shape (B,).
+        ValueError: fewer than two draws, a temperature that is not above 0, a target of another dimension, or an energy
+            not of shape (B,).
         RuntimeError: no draw is finite.
     """
+    whole("the number of draws", n, 2)
+    whole("the number of times", times)
     check_target(edg, target)
     options = {"generator": generator, "dtype": edg.dtype, "device": generator.device}
     taus = torch.as_tensor(tau, dtype=edg.dtype, device=edg.device).expand(n)
+    if not bool((torch.isfinite(taus) & (taus > 0.0)).all()):
+        raise ValueError("temperatures must be finite and above 0")
     z = torch.randn(n, edg.latent_dim, **options).to(edg.device)
     xi = torch.randn(n, edg.dim, **options).to(edg.device)
     eps = torch.randn(times * n, edg.latent_dim, **options).to(edg.device)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from openmm_tsf.edg.checks import positive
 from openmm_tsf.edg.networks import (
     Features,
     Latents,
@@ -207,14 +208,3 @@ def tamed(x: Tensor, most: Tensor | float) -> Tensor:
     """x where it is much smaller than `most`, and never beyond +-most; smooth, and finite where x is."""
     share = x / most
     return x / torch.hypot(share, torch.ones_like(share))
-
-
-def positive(name: str, value: float) -> float:
-    """The number itself.
-
-    Raises:
-        ValueError: it is not finite and above 0.
-    """
-    if not (math.isfinite(value) and value > 0.0):
-        raise ValueError(f"{name} must be finite and above 0, not {value:g}")
-    return float(value)

@@ -11,16 +11,13 @@ import torch
 
 from openmm_tsf import weights
 from openmm_tsf.edg.bound import MOST_LOST, check_target, reduced
+from openmm_tsf.edg.checks import whole
 from openmm_tsf.edg.encoder_chain import chain_paths, chain_sample
 from openmm_tsf.edg.encoder_ode import encoder_paths, encoder_sample
 from openmm_tsf.edg.generator import EDG
 from openmm_tsf.edg.networks import Target, log_normal
 from openmm_tsf.typing import Scalars, Vectors
-
-FEWEST = 100
-"""Draws below which an effective sample size means nothing: the large weights are still to come."""
-FEWEST_EFFECTIVE = 20
-"""Effective draws below which the same is said of estimates."""
+from openmm_tsf.weights import FEWEST, FEWEST_EFFECTIVE
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -131,14 +128,12 @@ def draw(
         UserWarning: the draws are worth fewer than `FEWEST_EFFECTIVE`, or more than `MOST_LOST` of them have no finite
             energy.
     """
-    if n < FEWEST:
+    if whole("the number of draws", n, 0) < FEWEST:
         raise ValueError(f"the weights of {n} draws say nothing of the effective sample size; draw at least {FEWEST}")
-    if companions < 0:
-        raise ValueError(f"the number of companions cannot be negative, got {companions}")
+    whole("the number of companions", companions, 0)
     if not (0.0 < rtol < math.inf and 0.0 < atol < math.inf):
         raise ValueError(f"tolerances are above 0, not rtol = {rtol:g}, atol = {atol:g}")
-    if chunk < 1:
-        raise ValueError(f"a batch has at least one draw, not chunk = {chunk}")
+    whole("chunk, the number of draws in a batch,", chunk)
     check_target(edg, target)
     if steps is None:
         paths, sample = (partial(f, rtol=rtol, atol=atol) for f in (encoder_paths, encoder_sample))

@@ -20,7 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from openmm_tsf.edg.encoder_ode import EncoderPaths
+from openmm_tsf.edg.checks import whole
+from openmm_tsf.edg.encoder_ode import EncoderPaths, check_pairs
 from openmm_tsf.edg.generator import EDG
 from openmm_tsf.edg.networks import Latents, log_normal
 from openmm_tsf.edg.scores import Given
@@ -41,8 +42,9 @@ def chain_paths(
         generator: of the noise.
 
     Raises:
-        ValueError: no step.
+        ValueError: no step, or as in `encoder_ode.encoder_paths`.
     """
+    check_pairs(edg, z0, x)
     chain = _Chain(edg, edg.score.given(x, tau), steps)
     z, log_ratio = z0, torch.zeros_like(z0[:, 0])
     for i in range(steps):
@@ -76,8 +78,7 @@ class _Chain:
     """Times of the steps, noise on the way there and Gaussians on the way back."""
 
     def __init__(self, edg: EDG, given: Given, steps: int) -> None:
-        if steps < 1:
-            raise ValueError(f"a chain needs at least one step, not {steps}")
+        whole("the number of steps of a chain", steps)
         self.edg, self.given = edg, given
         clock = torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64, device=given.x.device)
         self.t = edg.diffusion.times(clock)[0].to(given.x)

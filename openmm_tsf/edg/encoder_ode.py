@@ -75,9 +75,11 @@ def encoder_paths(
         most_evaluations: of the score.
 
     Raises:
+        ValueError: latents and x of different numbers or dtypes, or of another size than the generator's.
         ModuleNotFoundError: torchdiffeq is not installed.
         RuntimeError: the solver does not converge.
     """
+    check_pairs(edg, z0, x)
     flow = _Flow(edg, edg.score.given(x, tau), most_evaluations)
     given = flow.given
     n, change = flow.follow(given.along_axes(z0 - given.mean) * torch.exp(-given.log_width), (0.0, 1.0), rtol, atol)
@@ -144,6 +146,22 @@ class _Flow:
         end = centre + self.given.from_axes(width * n)
         log_prob = log_normal(end) + change + (width.log() - self.given.log_width).sum(1)
         return EncoderPaths(log_prob, z0, end, self.n_evaluations)
+
+
+def check_pairs(edg: EDG, z0: Tensor, x: Tensor) -> None:
+    """Refuse latents and x that do not go together, or not with the generator.
+
+    Raises:
+        ValueError: not (B, d_z) and (B, d) in the generator's dtype.
+    """
+    rows = z0.shape[0] if z0.ndim else 0
+    if (tuple(z0.shape), tuple(x.shape)) != ((rows, edg.latent_dim), (rows, edg.dim)):
+        raise ValueError(
+            f"need as many latents of size {edg.latent_dim} as x of size {edg.dim}, not arrays of shape "
+            f"{tuple(z0.shape)} and {tuple(x.shape)}"
+        )
+    if {z0.dtype, x.dtype} != {edg.dtype}:
+        raise ValueError(f"the generator computes in {edg.dtype}; latents are in {z0.dtype} and x in {x.dtype}")
 
 
 def solver() -> Callable[..., Tensor]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from openmm_tsf.edg.checks import whole
 from openmm_tsf.edg.decoders import Conditional, Decoder, GaussianDecoder, HamiltonianDecoder
 from openmm_tsf.edg.diffusion import VariancePreserving
 from openmm_tsf.edg.lattice import LatticeDecoder, LatticeScore
@@ -37,8 +38,8 @@ class EDG(nn.Module):
         temperatures: lowest and highest tau of its training, where temperature is an input; None before any.
 
     Raises:
-        ValueError: decoder and score of different numbers of latents, only one of them conditioned on temperature, or
-            another diffusion than that of the score.
+        ValueError: decoder and score of different numbers of latents or components of x, only one of them conditioned
+            on temperature, or another diffusion than that of the score.
     """
 
     def __init__(
@@ -48,6 +49,8 @@ class EDG(nn.Module):
         super().__init__()
         if decoder.latent_dim != score.latent_dim:
             raise ValueError(f"the decoder has {decoder.latent_dim} latents, the score {score.latent_dim}")
+        if decoder.dim != score.dim:
+            raise ValueError(f"x has {decoder.dim} components in the decoder, {score.dim} in the score")
         if getattr(score, "conditioned", decoder.conditioned) != decoder.conditioned:
             raise ValueError("temperature is an input of only one of decoder and score: give both the same conditioned")
         own = getattr(score, "diffusion", None) or diffusion or VariancePreserving()
@@ -177,23 +180,29 @@ class EDGSettings:
             if getattr(self, name) not in get_args(kinds):
                 wanted = ", ".join(get_args(kinds))
                 raise ValueError(f"generator setting {name} must be one of {wanted}, not {getattr(self, name)!r}")
-        for name in ("hidden", "depth", "leaps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"generator setting {name} must be at least 1, not {getattr(self, name)}")
-        if self.latent_dim is not None and self.latent_dim < 1:
-            raise ValueError(f"generator setting latent_dim must be at least 1, or None, not {self.latent_dim}")
-        if self.stages < 0:
-            raise ValueError(f"generator setting stages must not be negative, it is {self.stages}")
-        if self.harmonics < 0:
-            raise ValueError(f"generator setting harmonics must not be negative, it is {self.harmonics}")
+        for name, least in (("hidden", 1), ("depth", 1), ("leaps", 1), ("stages", 0), ("harmonics", 0)):
+            whole(f"generator setting {name}", getattr(self, name), least)
+        if self.latent_dim is not None:
+            whole("generator setting latent_dim", self.latent_dim)
+        if self.lattice is not None:
+            self._check_lattice()
         if self.harmonics and (self.decoder == "pairs" or self.lattice is not None):
             raise ValueError("neither clusters nor lattices have networks that read harmonics; leave them at 0")
         if (self.decoder == "pairs") != (self.score == "pairs"):
             raise ValueError(f'decoder and score are both "pairs" or neither, not {self.decoder!r} and {self.score!r}')
         if self.decoder == "pairs" and (self.conditioned or self.latent_dim is not None):
             raise ValueError('decoder = "pairs" has one temperature, and as many latents as components')
-        other = self.decoder != "gaussian" or self.score not in ("gaussian", "variational")
-        if self.lattice is not None and (other or self.conditioned or self.latent_dim is not None):
+
+    def _check_lattice(self) -> None:
+        if not isinstance(self.lattice, tuple) or len(self.lattice) != 2:
+            raise ValueError(f"a lattice has rows and columns, as (16, 16), not {self.lattice!r}")
+        for name, value in zip(("rows", "columns"), self.lattice, strict=True):
+            whole(f"the number of {name} of a lattice", value)
+        if (
+            self.decoder != "gaussian"
+            or self.score not in ("gaussian", "variational")
+            or (self.conditioned or self.latent_dim is not None)
+        ):
             raise ValueError(
                 "on a lattice the decoder is gaussian, the score gaussian or variational, there are as many latents "
                 "as sites, and one temperature"

@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from openmm_tsf.edg.decoders import Conditional, bounded, positive
+from openmm_tsf.edg.checks import positive
+from openmm_tsf.edg.decoders import Conditional, bounded
 from openmm_tsf.edg.diffusion import VariancePreserving
 from openmm_tsf.edg.networks import TIME_FEATURES, Features, Latents, time_features
 from openmm_tsf.edg.scores import Given, Parts
@@ -136,7 +137,8 @@ class LatticeScore(nn.Module):
         spread: float = 1.0, corrected: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.latent_dim, self.diffusion, self.corrected = math.prod(lattice), diffusion, corrected
+        self.latent_dim = self.dim = math.prod(lattice)
+        self.diffusion, self.corrected = diffusion, corrected
         self.spread, features = positive("spread", spread), FEATURES if corrected else 0
         self.encoder = LatticeNetwork(lattice, 1, 1 + features, hidden=hidden, depth=depth)
         n = int(self.encoder.shell.max()) + 1

@@ -55,7 +55,7 @@ class PairScore(nn.Module):
     ) -> None:
         super().__init__()
         self._decoder = (decoder,)  # a tuple hides it from the module's parameters
-        self.latent_dim, self.diffusion = decoder.latent_dim, diffusion
+        self.latent_dim, self.dim, self.diffusion = decoder.latent_dim, decoder.dim, diffusion
         self.repeats, self.refinements = repeats, refinements
 
     @torch.no_grad()

@@ -28,7 +28,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from openmm_tsf.edg.decoders import Decoder, bounded, positive
+from openmm_tsf.edg.checks import positive
+from openmm_tsf.edg.decoders import Decoder, bounded
 from openmm_tsf.edg.diffusion import VariancePreserving
 from openmm_tsf.edg.networks import (
     TIME_FEATURES,
@@ -106,6 +107,7 @@ class Score(Protocol):
     """What a generator asks of a score. Without a correction the base is all there is, and the encoder a Gaussian."""
 
     latent_dim: int
+    dim: int
     corrected: bool
 
     def given(self, x: Vectors, tau: Scalars | None = None) -> Given: ...
@@ -132,7 +134,7 @@ class PlainScore(nn.Module):
         spread: float = 1.0, harmonics: int = 0, conditioned: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.latent_dim, self.diffusion, self.conditioned = latent_dim, diffusion, conditioned
+        self.latent_dim, self.dim, self.diffusion, self.conditioned = latent_dim, dim, diffusion, conditioned
         self.spread, self.harmonics = positive("spread", spread), harmonics
         n = latent_dim + dim + 2 * harmonics * min(latent_dim, dim) + TIME_FEATURES + conditioned
         self.net = perceptron(n, latent_dim, hidden=hidden, depth=depth)
@@ -163,7 +165,7 @@ class EnergyScore(nn.Module):
 
     def __init__(self, decoder: Decoder, plain: PlainScore) -> None:
         super().__init__()
-        self.latent_dim, self.plain = plain.latent_dim, plain
+        self.latent_dim, self.dim, self.plain = plain.latent_dim, plain.dim, plain
         self._decoder = (decoder,)  # a tuple hides it from the module's parameters
 
     def given(self, x: Vectors, tau: Scalars | None = None) -> Given:
@@ -205,7 +207,7 @@ class GaussianScore(nn.Module):
         corrected: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.latent_dim, self.diffusion, self.harmonics = latent_dim, diffusion, harmonics
+        self.latent_dim, self.dim, self.diffusion, self.harmonics = latent_dim, dim, diffusion, harmonics
         self.conditioned, self.corrected, self.spread = conditioned, corrected, positive("spread", spread)
         n = dim + 2 * harmonics * min(latent_dim, dim) + conditioned
         self.encoder = perceptron(n, 2 * latent_dim + features, hidden=hidden, depth=depth)

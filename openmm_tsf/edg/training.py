@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 
 from openmm_tsf.edg.bound import MOST_LOST, BoundSample, check_target, kl_bound
+from openmm_tsf.edg.checks import whole
 from openmm_tsf.edg.generator import EDG
 from openmm_tsf.edg.networks import Target
+from openmm_tsf.edg.recognition import Known
 from openmm_tsf.edg.scores import EnergyScore, PlainScore
 from openmm_tsf.edg.walkers import Walkers, learn_from, near
 from openmm_tsf.files import write_text
@@ -25,6 +27,10 @@ from openmm_tsf.storage import read_state, write_state
 Progress = Callable[[int, int, str], None]
 MOST_LEFT_OUT = 20
 """Steps in a row without a finite gradient after which training gives up."""
+HOT_SHARE = 0.2
+"""Share of the steps after which the decoder has found the width of the target, and this is hot still."""
+FAR_OFF = 2.5
+"""By what factor `spread` may differ from that without a warning: beyond it mixtures of Gaussians may lose modes."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class EDGTrainingSettings:
 
     Attributes:
         steps: number of optimiser steps.
-        batch: draws in a step, each costing an energy and its gradient.
+        batch: draws in a step, two or more, each costing an energy and its gradient.
         times: of the diffusion for each draw.
         anneal_from: the target starts at 1/anneal_from times its temperature, so that no mode is lost before the
             decoder has seen it; the temperature falls geometrically to its own.
@@ -64,9 +70,9 @@ class EDGTrainingSettings:
     checkpoint_every: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "times", "trajectory", "record_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training setting {name} must be at least 1, not {getattr(self, name)}")
+        least = {"steps": 1, "batch": 2, "times": 1, "walkers": 0, "trajectory": 1, "record_every": 1}
+        for name, value in {**least, "checkpoint_every": 1}.items():
+            whole(f"training setting {name}", getattr(self, name), value)
         for name in ("learning_rate", "clip", "anneal_from"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"training setting {name} must be above 0, not {getattr(self, name):g}")
@@ -87,9 +93,9 @@ class EDGHistory:
 
     Attributes:
         rows: with step, bound (less ln Z [nat], of the target as heated), energy, entropy, encoder, heat,
-            learning_rate, n_nonfinite, n_folded (of pairs: draws where the decoder folds space, so that the bound is
-            none); and, of walkers, forward (mean ln w, at least ln Z at equilibrium), n_far (those left out of this
-            mean, see `walkers.FAR`) and step_size.
+            learning_rate, width (of the draws: root mean variance of components of x), n_nonfinite, n_folded (of pairs:
+            draws where the decoder folds space, so that the bound is none); and, of walkers, forward (mean ln w,
+            at least ln Z at equilibrium), n_far (those left out of this mean, see `walkers.FAR`) and step_size.
         n_energy_evaluations: of the target; see `bound.BoundSample`.
         n_nonfinite: draws left out, since their energy or its gradient was not finite.
         n_left_out: steps left out, since the gradient by the parameters was not finite.
@@ -118,8 +124,8 @@ def train_edg(
         settings: see EDGTrainingSettings.
         seed: of all draws.
         directory: for checkpoints (`edg_training.pt`) and `history.json`; called again with the same arguments,
-            training goes on from there with the same random numbers. Other settings, or first weights, are noticed, and
-            another target is not. None keeps nothing.
+            training goes on from there with the same random numbers. Other settings, first weights and targets are
+            noticed. None keeps nothing.
         temperatures: one, or the lowest and the highest of a range in which ln tau is uniform, for generators that are
             conditioned on temperature.
         progress: called with (steps done, steps, message).
@@ -131,7 +137,8 @@ def train_edg(
             finite.
 
     Warns:
-        UserWarning: steps were left out, or more than `MOST_LOST` of all draws had no finite energy.
+        UserWarning: steps were left out, more than `MOST_LOST` of all draws had no finite energy, or `spread` is far
+            from the width of the hot target.
     """
     check_target(edg, target)
     trainer = _Trainer(edg, target, settings or EDGTrainingSettings(), seed, temperatures, directory)
@@ -157,9 +164,10 @@ class _Trainer:
         self.step, self.norm, self.left_out, self.history = 0, 0.0, 0, EDGHistory()
         self.recent: list[dict[str, float]] = []
         self.walkers: Walkers | None = None
+        self.known: Known | None = None
         facts = {"seed": seed, "temperatures": list(self.range), "shapes": [list(p.shape) for p in edg.parameters()]}
         facts |= {"network": None if edg.settings is None else asdict(edg.settings), "start": _fingerprint(edg)}
-        self.identity = json.dumps({**facts, **asdict(settings)})
+        self.identity = json.dumps({"format": 2, **facts, **asdict(settings)})
 
     def run(self, progress: Progress) -> EDGHistory:
         settings = self.settings
@@ -172,19 +180,33 @@ class _Trainer:
             if self.step % settings.checkpoint_every == 0 or self.step == settings.steps:
                 self._save()
             progress(self.step, settings.steps, f"bound {sample.value:.3f}")
-        if self.history.n_left_out:
-            message = f"{self.history.n_left_out} of {settings.steps} steps were left out: their gradient is not finite"
-            warnings.warn(message, stacklevel=3)
-        lost, drawn = self.history.n_nonfinite, settings.steps * settings.batch
-        if lost > MOST_LOST * drawn:
-            message = (
-                f"{lost} of {drawn} draws of training ({100 * lost / drawn:.2g} %) had an energy that is not finite "
-                "and taught nothing: the generator does not know these places; look for what is wrong with the energy"
-            )
+        for message in self._doubts():
             warnings.warn(message, stacklevel=3)
         self.result.load_state_dict(self.average.state_dict())
         self.result.temperatures = self.range if self.result.conditioned else None
         return self.history
+
+    def _doubts(self) -> list[str]:
+        """What speaks against the result, in sentences."""
+        found, settings = [], self.settings
+        if left_out := self.history.n_left_out:
+            found.append(f"{left_out} of {settings.steps} steps were left out: their gradient is not finite")
+        lost, drawn = self.history.n_nonfinite, settings.steps * settings.batch
+        if lost > MOST_LOST * drawn:
+            found.append(
+                f"{lost} of {drawn} draws of training ({100 * lost / drawn:.2g} %) had an energy that is not finite "
+                "and taught nothing: the generator does not know these places; look for what is wrong with the energy"
+            )
+        rows, spread = self.history.rows, getattr(self.edg.decoder, "spread", None)
+        early = [row for row in rows if row["step"] <= HOT_SHARE * settings.steps] or rows[:1]
+        hot = early[-1]["width"]
+        if spread is not None and not hot / FAR_OFF <= spread <= hot * FAR_OFF:
+            found.append(
+                f"spread = {spread:.3g} is far from the width of the draws while the target was hot, {hot:.3g}: modes "
+                "may have been lost early on, which no weight shows; build the generator with "
+                f"spread = {hot:.2g} and train it again"
+            )
+        return found
 
     def _step(self) -> tuple[BoundSample, dict[str, float]]:
         """One step of the optimiser: the bound, and what else there is to record."""
@@ -259,6 +281,7 @@ class _Trainer:
         history.n_nonfinite += sample.n_nonfinite
         names = ("energy", "entropy", "encoder", "n_nonfinite", "n_folded")
         parts = {name: float(getattr(sample, name)) for name in names}
+        parts["width"] = float(sample.x.var(0, correction=0).mean().sqrt())
         self.recent.append({"bound": sample.value, **parts, **row})
         if self.step % self.settings.record_every and self.step != self.settings.steps:
             return
@@ -271,11 +294,14 @@ class _Trainer:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.known is None:
+            self.known = Known.of(self.target, self.average)
+            self.history.n_energy_evaluations += len(self.known.points)
         state = {
             "identity": self.identity, "step": self.step, "norm": self.norm, "left_out": self.left_out,
             "edg": self.edg.state_dict(), "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(), "generator": self.generator.get_state(), "recent": self.recent,
-            "history": asdict(self.history),
+            "history": asdict(self.history), "target": [self.known.points, self.known.energies],
             "walkers": None if self.walkers is None else {"x": self.walkers.x, "step": self.walkers.step},
         }  # fmt: skip
         write_state(self.path, state)
@@ -288,6 +314,9 @@ class _Trainer:
         state = read_state(self.path)
         if state["identity"] != self.identity:
             raise ValueError(f"{self.path} belongs to a run with other settings; use another directory or delete it")
+        self.known = Known(*state["target"])
+        if (difference := self.known.difference(self.target)) is not None:
+            raise ValueError(f"{self.path} belongs to a run with another target: {difference}")
         self.edg.load_state_dict(state["edg"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])

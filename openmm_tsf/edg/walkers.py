@@ -62,7 +62,7 @@ class Walkers:
         Step sizes are between half of `step` and one and a half, each walker's own.
         """
         x, p = self.x, _normal(self.x, generator)
-        h = (self.step * (0.5 + torch.rand(len(x), generator=generator)))[:, None].to(x)
+        h = self.step * (0.5 + _uniform(x, generator))[:, None]
         before, slope = _energy_and_slope(target, x, tau)
         start = before + 0.5 * p.square().sum(1)
         for _ in range(trajectory):
@@ -71,7 +71,7 @@ class Walkers:
             energy, slope = _energy_and_slope(target, x, tau)
             p = p - 0.5 * h * slope
         chance = torch.exp(start - energy - 0.5 * p.square().sum(1)).nan_to_num(0.0)  # NaN is where no energy is
-        taken = torch.rand(len(x), generator=generator).to(x) < chance
+        taken = _uniform(x, generator) < chance
         self.x = torch.where(taken[:, None], x, self.x)
         self.step *= math.exp(ADAPTATION * (float(taken.float().mean()) - ACCEPTED))
         return torch.where(taken, energy, before)
@@ -83,7 +83,7 @@ class Walkers:
         """
         n = min(len(x), len(self.x))
         chance = torch.exp(log_weights[:n] - own[:n])
-        taken = torch.rand(n, generator=generator).to(chance) < chance
+        taken = _uniform(chance, generator) < chance
         self.x = torch.cat((torch.where(taken[:, None], x[:n], self.x[:n]), self.x[n:]))
 
 
@@ -103,7 +103,7 @@ def learn_from(
 ) -> tuple[Tensor, Scalars]:
     """What the opposite divergence is of walkers x (W, d) with reduced energies (W,) at temperature tau, as a scalar to
     lower, and ln w (W,) of each; see `FAR`."""
-    density = log_density(edg, x, torch.randn(len(x), edg.latent_dim, generator=generator).to(x), tau)
+    density = log_density(edg, x, _normal(x.new_empty(len(x), edg.latent_dim), generator), tau)
     log_weights = -energy - density.detach()
     return -density[near(log_weights)].mean(), log_weights
 
@@ -122,4 +122,9 @@ def _energy_and_slope(target: Target, x: Vectors, tau: float) -> tuple[Scalars, 
 
 
 def _normal(like: Vectors, generator: torch.Generator) -> Vectors:
-    return torch.randn(like.shape, generator=generator).to(like)
+    return torch.randn(like.shape, generator=generator, device=generator.device).to(like)
+
+
+def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
+    """One number in (0, 1) for each row, in the dtype of the rows."""
+    return torch.rand(len(like), generator=generator, device=generator.device).to(like)
