@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from .checks import positive
 from .edg import EDGSettings, EDGTrainingSettings
-from .edg.checks import positive
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from .checks import positive
 from .config import ConfigError, read_table
 from .files import write_text
 from .flow_steps import FlowSteps
@@ -75,8 +76,8 @@ class ExchangeSettings:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         step, friction = self.timestep_fs, self.friction_per_ps
-        if step is not None and not (math.isfinite(step) and step > 0.0):
-            raise ValueError(f"timestep_fs must be finite and above 0, not {step:g}")
+        if step is not None:
+            positive("timestep_fs", step)
         if not (math.isfinite(friction) and friction >= 0.0):
             raise ValueError(f"friction_per_ps must be finite and at least 0, not {friction:g}")
 

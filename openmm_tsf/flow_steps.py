@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import positive
 from .flow import SteeredFlow
 from .metropolis import StepInfo, Target, Walkers, independence_step, latent_step
 from .typing import Mask, Positions, Proposal, Scalars, Vectors
@@ -54,8 +54,7 @@ class FlowSteps:
             if not (isinstance(value, Integral) and value >= 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
             object.__setattr__(self, name, int(value))
-        if not (math.isfinite(self.step_size) and self.step_size > 0.0):
-            raise ValueError(f"step_size must be finite and above 0, not {self.step_size:g}")
+        positive("step_size", self.step_size)
         if not 0.0 <= self.explore < 1.0:
             raise ValueError(f"explore must be in 0 <= explore < 1, not {self.explore:g}")
 

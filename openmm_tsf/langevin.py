@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from openmm import unit
 from torch import Tensor
 
+from openmm_tsf.checks import positive
 from openmm_tsf.constraints import ConstraintError, Constraints, Coordinates, listed
 from openmm_tsf.swaps import exchange, neighbour_pairs
 from openmm_tsf.systems import FORBIDDEN_FORCES
@@ -106,8 +107,7 @@ class BatchedLangevin:
         device: Any = "cpu",
         constraint_tolerance: float | None = None,
     ) -> None:
-        if not (math.isfinite(timestep_fs) and timestep_fs > 0.0):
-            raise ValueError(f"timestep_fs must be finite and above 0, not {timestep_fs:g}")
+        positive("timestep_fs", timestep_fs)
         if not (math.isfinite(friction_per_ps) and friction_per_ps >= 0.0):
             raise ValueError(f"friction_per_ps must be finite and at least 0, not {friction_per_ps:g}")
         _check_system(system)

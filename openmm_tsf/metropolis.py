@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .checks import positive
 from .typing import Energy, Mask, Proposal, Scalars
 
 
@@ -176,8 +177,7 @@ def latent_step(
 
     Source: Dibak, Klein, Noe, arXiv 2108.01590 (latent Monte Carlo).
     """
-    if not (math.isfinite(step_size) and step_size > 0.0):
-        raise ValueError(f"step_size must be finite and above 0, not {step_size:g}")
+    positive("step_size", step_size)
     z, log_volume = proposal.to_latents(walkers.x, generator=generator)
     representable = log_volume > -math.inf
     noise = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=generator.device).to(z)

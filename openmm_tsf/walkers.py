@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import openmm
 
+from openmm_tsf.checks import positive
 from openmm_tsf.energy.platforms import PinnedThreads, available_platforms, choose_platform, is_gpu, n_cores
 from openmm_tsf.systems import Molecule
 from openmm_tsf.trajectories import BROKEN, bond_lengths
@@ -48,8 +49,7 @@ class Plan:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("spacing_fs", "timestep_fs", "friction_per_ps"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0.0):
-                raise ValueError(f"{name} must be finite and above 0, not {getattr(self, name):g}")
+            positive(name, getattr(self, name))
         if not (math.isfinite(self.equilibration_ps) and self.equilibration_ps >= 0.0):
             raise ValueError(f"equilibration_ps must be finite and at least 0, not {self.equilibration_ps:g}")
         if self.seed < 0:

@@ -11,6 +11,7 @@ import torch
 from molecules import perturbed, seeded
 from torch import nn
 
+from openmm_tsf.checks import whole
 from openmm_tsf.edg import (
     EDG,
     Conditional,
@@ -26,7 +27,6 @@ from openmm_tsf.edg import (
     train_edg,
 )  # fmt: skip
 from openmm_tsf.edg.bound import base_integral, integrand
-from openmm_tsf.edg.checks import whole
 from openmm_tsf.edg.decoders import GaussianDecoder, tamed
 from openmm_tsf.edg.encoder_chain import chain_paths
 from openmm_tsf.edg.encoder_ode import check_pairs, encoder_paths

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "openmm_tsf"
 
 LAYERS = {
-    0: "units typing files storage",
+    0: "units typing checks files storage",
     1: "geometry nets potentials transforms splines priors architecture vectors weights swaps metropolis proposals "
     "wells",
     2: "systems molfiles dcd trajectories chart zmatrix internals cuts energy torsions reference",

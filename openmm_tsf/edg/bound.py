@@ -47,7 +47,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from openmm_tsf.edg.checks import whole
+from openmm_tsf.checks import whole
 from openmm_tsf.edg.generator import EDG
 from openmm_tsf.edg.networks import Latents, Target, at_temperatures, check_dim, log_normal
 from openmm_tsf.edg.pairs import PairDecoder

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from openmm_tsf.edg.checks import positive
+from openmm_tsf.checks import positive
 from openmm_tsf.typing import Energy, Scalars
 
 Places = Float[Tensor, "batch *shape"]

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from openmm_tsf.edg.checks import positive
+from openmm_tsf.checks import positive
 from openmm_tsf.edg.networks import (
     Features,
     Latents,

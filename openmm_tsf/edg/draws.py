@@ -10,8 +10,8 @@ from functools import cached_property, partial
 import torch
 
 from openmm_tsf import weights
+from openmm_tsf.checks import whole
 from openmm_tsf.edg.bound import MOST_LOST, check_target, reduced
-from openmm_tsf.edg.checks import whole
 from openmm_tsf.edg.encoder_chain import chain_paths, chain_sample
 from openmm_tsf.edg.encoder_ode import encoder_paths, encoder_sample
 from openmm_tsf.edg.generator import EDG

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from openmm_tsf.edg.checks import whole
+from openmm_tsf.checks import whole
 from openmm_tsf.edg.encoder_ode import EncoderPaths, check_pairs
 from openmm_tsf.edg.generator import EDG
 from openmm_tsf.edg.networks import Latents, log_normal

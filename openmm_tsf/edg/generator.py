@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from openmm_tsf.edg.checks import whole
+from openmm_tsf.checks import whole
 from openmm_tsf.edg.decoders import Conditional, Decoder, GaussianDecoder, HamiltonianDecoder
 from openmm_tsf.edg.diffusion import VariancePreserving
 from openmm_tsf.edg.lattice import LatticeDecoder, LatticeScore

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from openmm_tsf.edg.checks import positive
+from openmm_tsf.checks import positive
 from openmm_tsf.edg.decoders import Conditional, bounded
 from openmm_tsf.edg.diffusion import VariancePreserving
 from openmm_tsf.edg.networks import TIME_FEATURES, Features, Latents, time_features

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from openmm_tsf.edg.checks import positive
+from openmm_tsf.checks import positive
 from openmm_tsf.edg.decoders import Conditional
 from openmm_tsf.edg.lennard_jones import relative_basis
 from openmm_tsf.edg.networks import Latents

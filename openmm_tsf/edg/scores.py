@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from openmm_tsf.edg.checks import positive
+from openmm_tsf.checks import positive
 from openmm_tsf.edg.decoders import Decoder, bounded
 from openmm_tsf.edg.diffusion import VariancePreserving
 from openmm_tsf.edg.networks import (

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from openmm_tsf.checks import whole
 from openmm_tsf.edg.bound import MOST_LOST, BoundSample, check_target, kl_bound
-from openmm_tsf.edg.checks import whole
 from openmm_tsf.edg.generator import EDG
 from openmm_tsf.edg.networks import Target
 from openmm_tsf.edg.recognition import Known
@@ -70,9 +70,10 @@ class EDGTrainingSettings:
     checkpoint_every: int = 1000
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "batch": 2, "times": 1, "walkers": 0, "trajectory": 1, "record_every": 1}
-        for name, value in {**least, "checkpoint_every": 1}.items():
-            whole(f"training setting {name}", getattr(self, name), value)
+        for name in ("steps", "times", "trajectory", "record_every", "checkpoint_every"):
+            whole(f"training setting {name}", getattr(self, name))
+        whole("training setting batch", self.batch, 2)
+        whole("training setting walkers", self.walkers, 0)
         for name in ("learning_rate", "clip", "anneal_from"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"training setting {name} must be above 0, not {getattr(self, name):g}")
